@@ -115,8 +115,7 @@ def alone_or_together(
     if not alone:
         return model(u_t, t, features, tokens, present)
     r = t.shape[1]
-    each = tuple(f.repeat_interleave(r, 0) for f in features)
-    out = model(fold_raters(u_t)[:, None], t.flatten()[:, None], each, tokens.flatten()[:, None], None)
+    out = model(fold_raters(u_t)[:, None], t.flatten()[:, None], features, tokens.flatten()[:, None], None)
     return Prediction(unfold_raters(out.distance[:, 0], r), unfold_raters(out.logit[:, 0], r))
 
 
@@ -190,7 +189,7 @@ def normalise(
         raise ValueError(f"steps and draws must be at least 1; got {steps} and {draws}.")
     b, r = t.shape
     who = torch.full((b * r, 1), model.tokens.null if token is None else token, device=distance.device)
-    denoise = model.denoiser(tuple(f.repeat_interleave(r, 0) for f in features), who)
+    denoise = model.denoiser(features, who)
     total = torch.zeros_like(distance)
     for _ in range(draws):
         x = fold_raters(noised(to_network(distance, reach), t, schedule, generator, common=True))

@@ -632,7 +632,7 @@ def draw_samples(
     b, k = len(features[0]), len(model.structure_names)
     who = (torch.arange(n) % there.shape[1]).to(features[0].device)  # every rater in turn
     ids = who if model.identified else torch.full_like(who, model.net.tokens.null)
-    denoise = model.net.denoiser(tuple(f.repeat_interleave(n, 0) for f in features), ids.repeat(b)[:, None])
+    denoise = model.net.denoiser(features, ids.repeat(b)[:, None])
     noise = draw_like(torch.zeros(b * n, k, *size, device=features[0].device), generator)
     x0 = sample(denoise, model.schedule, start=noise, steps=steps, generator=generator).x0
     marks = torch.rand(b, n, k, generator=generator).to(there) < there[:, who]

@@ -179,7 +179,7 @@ def _footer(fig: Picture, look: Theme, handles: list, columns: int) -> None:
     fig.keys_height = 0.1 + 0.175 * -(-len(handles) // columns)
     fig._arrange()
 
-def _halo(width: float = 3.0) -> list: return [withStroke(linewidth=width, foreground="black", alpha=0.6)]
+def _halo(width=3.0) -> list: return [withStroke(linewidth=width, foreground="black", alpha=0.6)]
 
 def _bar(fig: Picture, shown, axes, label: str, look: Theme, side: str = "bottom") -> None:
     bar = fig.colorbar(shown, ax=axes, location=side, shrink=0.9, pad=0.03, aspect=18)
@@ -239,7 +239,7 @@ def _scale(ax, window: tuple, spacing: Tensor | None) -> None:
     ax.text(x, y - 0.03 * (bottom - top), f"{length} {unit}", color="white", fontsize=7.5, va="bottom", path_effects=_halo(2))
 
 # %% ../../nbs/explore/40_figures.ipynb #export-outline
-def _outline(ax, field: np.ndarray, level: float, style: dict, width: float = 1.6) -> bool:
+def _outline(ax, field: np.ndarray, level: float, style: dict, width: float | int = 1.6) -> bool:
     if not (field.min() < level < field.max()): return False
     lines = ax.contour(field, levels=[level], colors=[style["color"]], linestyles=[style["linestyle"]], linewidths=width)
     lines.set(path_effects=_halo(width + 1.0))

@@ -1,0 +1,275 @@
+"""Pictures: pure, for every shape of input, with one style and honest words."""
+import io
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_hex, to_rgb
+from PIL import Image
+
+from calidiff_nb.explore import figures as F
+
+SIZE = 32
+yy, xx = torch.meshgrid(torch.arange(SIZE).float(), torch.arange(SIZE).float(), indexing="ij")
+
+
+def disc(radius: float) -> torch.Tensor:
+    return (torch.hypot(yy - 16, xx - 15) < radius).to(torch.uint8)
+
+
+def case(r: int = 4, k: int = 1, empty: bool = False, missing: bool = False, channels: int = 1) -> dict:
+    g = torch.Generator().manual_seed(0)
+    masks = torch.stack([torch.stack([disc(0 if empty else 7 + i % 4 - 2 * j) for j in range(k)]) for i in range(r)])
+    present = torch.ones(r, dtype=torch.bool)
+    if missing:
+        present[0] = False
+        masks[0] = 0
+    return {"image": torch.rand(channels, SIZE, SIZE, generator=g), "masks": masks, "present": present}
+
+
+def distances(c: dict) -> torch.Tensor:
+    return torch.where(c["masks"] > 0, -2.0, 2.0) + 0.01 * xx
+
+
+SHAPES = {"plain": {}, "one rater": {"r": 1}, "seven raters": {"r": 7}, "two structures": {"k": 2}, "empty masks": {"empty": True}, "a rater missing": {"missing": True},
+          "colour image": {"channels": 3}}
+
+
+@pytest.fixture(params=SHAPES, name="c")
+def each_shape(request):
+    return case(**SHAPES[request.param])
+
+
+def per_case_pictures(c: dict, theme: str = "light") -> list[F.Picture]:
+    image, masks, present = c["image"], c["masks"], c["present"]
+    d, k, r = distances(c), masks.shape[1], len(masks)
+    p = masks.float().mean(0)
+    attention = torch.full((r + 1, k, SIZE, SIZE), 1 / (r + 1))
+    s = k - 1
+    return [F.show_raters(image, masks, present, truth=masks[-1], theme=theme),
+            F.show_votes(image, masks, present, structure=s, theme=theme),
+            F.show_calibration(image, masks, d, d, d[0], torch.ones(k), present, truth=masks[-1], structure=s, theme=theme),
+            F.show_calibration(image, masks, d, d, d[0], torch.ones(k, SIZE, SIZE), present, structure=s, theme=theme),
+            F.show_attention(image, attention, masks, present, structure=s, theme=theme),
+            F.show_attention(image, attention, structure=s, theme=theme),
+            F.show_pseudo_truth(image, p, torch.ones(k, SIZE, SIZE), masks[-1], structure=s, theme=theme),
+            F.show_pseudo_truth(image, p, torch.ones(k), structure=s, theme=theme),
+            F.show_samples(image, masks, p, structure=s, theme=theme)]
+
+
+def other_pictures(theme: str = "light") -> list[F.Picture]:
+    n = 5
+    g = torch.Generator().manual_seed(0)
+    walk = torch.randn(n, SIZE, SIZE, generator=g)
+    t = torch.arange(n).flip(0) * 200
+    w = torch.tensor([0.5, 0.3, 0.2])
+    x = torch.linspace(0.05, 0.95, 10)[None]
+    return [F.show_agreement_matrix(torch.tensor([[1.0, 0.8, torch.nan], [0.8, 1.0, 0.6], [torch.nan, 0.6, 1.0]]), theme=theme),
+            F.show_disagreement_by_size(torch.linspace(10, 500, 40), torch.linspace(0.5, 0.9, 40), theme=theme),
+            F.show_schedule({"a": torch.linspace(0.99, 0.01, 50, dtype=torch.float64)}, theme=theme),
+            F.filmstrip(walk, theme=theme), F.show_trajectory(walk, walk * 0.5, t, torch.rand(1, SIZE, SIZE, generator=g), theme=theme),
+            F.show_step(walk[0], walk[1], torch.rand(1, SIZE, SIZE, generator=g), walk[1], "t = 3", theme=theme),
+            F.show_effective_raters(t, {"x": torch.linspace(4, 1, n)}, 4, theme=theme),
+            F.show_retention(torch.tensor([0.2, 0.8]), {"one call": torch.tensor([0.3, 0.9])}, 2.0, theme=theme),
+            F.show_expertness(w, w - 0.1, w + 0.1, torch.eye(3), theme=theme),
+            F.show_reliability(x, x**1.2, torch.full((1, 10), 50.0), x**1.2 - 0.05, x**1.2 + 0.05, theme=theme),
+            F.show_benchmark(["a", "b", "c"], w, w - 0.05, w + 0.05, "b", w - 0.3, w - 0.35, w - 0.25, theme=theme),
+            F.show_learning(torch.arange(50), {"loss": torch.exp(-torch.arange(50) / 9)}, {"Dice": torch.linspace(0, 1, 50)}, theme=theme),
+            F.quality_vs_steps(torch.tensor([1, 5, 25]), {"DDIM": torch.tensor([0.5, 0.2, 0.19])}, theme=theme)]
+
+
+def test_every_picture_of_a_case_can_be_drawn(c):
+    for picture in per_case_pictures(c):
+        picture.draw_without_rendering()
+        assert picture.title_text and picture.caption and picture.caption[0].upper() == picture.caption[0]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_other_picture_can_be_drawn(theme):
+    for picture in other_pictures(theme):
+        picture.draw_without_rendering()
+        assert to_hex(picture.get_facecolor()) == F.theme_of(theme).page
+        assert picture.title_text in picture.alt and picture.caption in picture.alt
+
+
+def test_pictures_leave_matplotlib_as_it_was(recwarn):
+    import sys
+    before = dict(matplotlib.rcParams)
+    had = "matplotlib.pyplot" in sys.modules
+    for picture in per_case_pictures(case(empty=True)) + other_pictures():
+        picture.png(40)
+    assert dict(matplotlib.rcParams) == before
+    assert had == ("matplotlib.pyplot" in sys.modules)
+    assert not [w for w in recwarn if "figures.py" in str(w.filename)]
+
+
+def test_pictures_do_not_change_their_input():
+    c = case(missing=True)
+    copies = {n: x.clone() for n, x in c.items()}
+    per_case_pictures(c)
+    assert all(torch.equal(copies[n], x) for n, x in c.items())
+
+
+def test_axes_say_their_units():
+    for picture in other_pictures():
+        for ax in picture.axes:
+            if ax.get_xticks().size and not ax.images and ax.axison:
+                assert ax.get_ylabel() or ax.get_xlabel() or ax.get_shared_y_axes().get_siblings(ax) != [ax]
+
+
+def test_each_rater_keeps_colour_line_and_label():
+    seen = {(s["color"], str(s["linestyle"])) for s in map(F.rater_style, range(49))}
+    assert len(seen) == 49
+    c = case(r=3)
+    legends = [{t.get_text(): (h.get_color(), h.get_linestyle()) for h, t in zip(p.legends[0].legend_handles, p.legends[0].texts, strict=True)}
+               for p in (F.show_raters(c["image"], c["masks"]), F.show_calibration(c["image"], c["masks"], distances(c), distances(c), distances(c)[0], torch.ones(1)))]
+    for name in ("rater A", "rater B", "rater C"):
+        assert legends[0][name] == legends[1][name]
+
+
+def luminance(colour: str) -> float:
+    return float(np.dot([v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4 for v in to_rgb(colour)], (0.2126, 0.7152, 0.0722)))
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_ink_can_be_read_on_its_page(theme):
+    look = F.theme_of(theme)
+    for colour in (look.ink, look.quiet):
+        a, b = sorted((luminance(colour), luminance(look.page)))
+        assert (b + 0.05) / (a + 0.05) > 4.5
+
+
+def test_missing_rater_equals_rater_removed():
+    c = case(missing=True)
+    with_gap = F.show_votes(c["image"], c["masks"], c["present"])
+    without = F.show_votes(c["image"], c["masks"][1:])
+    assert with_gap.caption == without.caption
+    for a, b in zip(with_gap.axes[1:4], without.axes[1:4], strict=True):
+        assert np.allclose(a.images[0].get_array(), b.images[0].get_array())
+
+
+def test_the_legend_says_who_is_absent_and_who_marked_nothing():
+    c = case(missing=True)
+    c["masks"][1] = 0
+    labels = [t.get_text() for t in F.show_raters(c["image"], c["masks"], c["present"]).legends[0].texts]
+    assert labels[:3] == ["rater A (absent)", "rater B (marked nothing)", "rater C"]
+
+
+def test_the_window_contains_what_was_marked():
+    marked = np.zeros((64, 64), bool)
+    marked[1:4, 50:63] = True
+    left, right, bottom, top = F._window(marked, 6)
+    assert left <= 50 and right >= 62 and top <= 1 and bottom >= 3 and -0.5 <= left and right <= 63.5 and top >= -0.5
+    assert right - left >= 23 and bottom - top >= 8
+    assert F._window(np.zeros((8, 9), bool), 6) == (-0.5, 8.5, 7.5, -0.5)
+
+
+def test_a_disc_is_outlined_where_it_ends():
+    c = case(r=1)
+    paths = [p for coll in F.show_raters(c["image"], c["masks"]).axes[1].collections for p in coll.get_paths()]
+    radii = np.hypot(*(np.concatenate([p.vertices for p in paths]) - (15, 16)).T)
+    assert abs(radii.mean() - 7) < 0.6
+
+
+def test_votes_refuse_a_case_that_nobody_saw():
+    c = case()
+    with pytest.raises(ValueError, match="no rater"):
+        F.show_votes(c["image"], c["masks"], torch.zeros(4, dtype=torch.bool))
+
+
+def test_words_come_from_the_numbers():
+    w = torch.tensor([0.7, 0.2, 0.1])
+    c = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 1.8], [0.0, 1.8, 2.0]])
+    caption = F.show_expertness(w, covariance=c, names=["Ann", "Bob", "Cy"]).caption
+    assert "Ann (70\u00a0%)" in caption and "Bob and Cy err together (correlation 0.90)" in caption
+    assert "No two raters" in F.show_expertness(w, covariance=torch.eye(3)).caption
+    assert "Only by test." in F.show_expertness(w, warnings=["Only by test."]).caption
+
+
+def test_retention_caption_names_the_law_that_fits():
+    a = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
+    k = a * 2 / (a * 2 + 1 - a)
+    caption = F.show_retention(a, {"one call": k, "DDIM": k.sqrt()}, 2.0).caption
+    assert "One call follows k to within 0.00" in caption and "DDIM follows √k" in caption
+    with pytest.raises(ValueError, match="variance must be positive"):
+        F.show_retention(a, {}, 0.0)
+
+
+@pytest.mark.parametrize("low, high, up, word", [(0.1, 0.2, True, "wins"), (0.1, 0.2, False, "loses"), (-0.2, -0.1, True, "loses"), (-0.1, 0.1, True, "undecided"), (0.0, 0.1, True, "undecided")])
+def test_verdict(low, high, up, word):
+    assert F.verdict(low, high, up) == word
+
+
+def test_benchmark_shows_wins_and_losses_by_shape_too():
+    d = torch.tensor([0.1, 0.0, -0.1])
+    picture = F.show_benchmark(["up", "base", "down"], d + 0.8, d + 0.79, d + 0.81, "base", d, d - 0.01, d + 0.01)
+    markers = {line.get_marker() for line in picture.axes[0].get_lines()}
+    assert {"^", "v", "D"} <= markers
+    assert "Up beats base" in picture.caption and "down falls behind" in picture.caption
+
+
+def test_filmstrip_keeps_the_ends():
+    picture = F.filmstrip(torch.randn(30, 8, 8), [f"{i}" for i in range(30)], most=5)
+    titles = [ax.get_title() for ax in picture.axes]
+    assert titles[0] == "0" and titles[-1] == "29" and len(titles) == 5
+
+
+@pytest.mark.parametrize("wrong", ["blue", ""])
+def test_unknown_theme(wrong):
+    with pytest.raises(ValueError, match="theme must be one of light, dark"):
+        F.show_schedule({"a": torch.rand(3)}, theme=wrong)
+
+
+def test_names_must_fit():
+    c = case()
+    with pytest.raises(ValueError, match="names must name each of the 4 raters; got 1"):
+        F.show_raters(c["image"], c["masks"], names=["A"])
+
+
+def test_png_is_small_and_keeps_the_raters_colour():
+    c = case(r=1)
+    data = F.show_raters(c["image"], c["masks"]).png(80)
+    picture = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).reshape(-1, 3).astype(int)
+    gap = np.abs(picture - np.array([round(255 * v) for v in to_rgb(F.RATER_COLOURS[0])])).sum(1).min()
+    assert len(data) < 60_000 and gap < 12
+
+
+def test_without_words_keeps_alt_and_shrinks():
+    picture = other_pictures()[1]
+    alt, height = picture.alt, picture.get_figheight()
+    bare = picture.without_words()
+    assert bare.alt == alt and bare.get_figheight() < height and not bare.texts
+    bare.png(40)
+
+
+def test_to_theme_equals_drawing_in_that_theme():
+    for changed, drawn in zip(other_pictures("light"), other_pictures("dark"), strict=True):
+        a, b = (np.asarray(Image.open(io.BytesIO(p.png(50))).convert("RGB")).astype(int) for p in (changed.to_theme("dark"), drawn))
+        assert (np.abs(a - b).sum(-1) > 60).mean() < 0.02, drawn.title_text
+
+
+FRAMES = [F.show_schedule({"a": torch.linspace(0.9, 0.1, 9)}).png(30) for _ in range(3)]
+
+
+def test_player_holds_everything():
+    page = F.player_html(FRAMES, ["a", "b", "c"], "A walk", "It ends.", first=1)
+    assert page.count("data:image/png;base64,") == 4 and "http" not in page
+    for word in ('aria-label="A walk: frame"', 'type="range"', 'max="2"', "ArrowRight", "It ends.", "Frame 2 of 3: b"):
+        assert word in page
+
+
+def test_player_escapes_words():
+    page = F.player_html(FRAMES[:1], ["</script><b>"], "<i>", "<u>")
+    assert "</script><b>" not in page and "<i>" not in page and "<u>" not in page
+
+
+def test_player_takes_figures():
+    assert F.player_html([other_pictures()[0], matplotlib.figure.Figure(figsize=(1, 1))]).count("base64,") == 3
+
+
+@pytest.mark.parametrize("kw, message", [({"frames": []}, "at least one"), ({"labels": ["a"]}, "labels must name each of the 3"), ({"first": 3}, "first must be a frame from 0 to 2"),
+                                         ({"limit": 100}, "use fewer frames"), ({"theme": "x"}, "theme must be")])
+def test_player_refuses(kw, message):
+    with pytest.raises(ValueError, match=message):
+        F.player_html(**({"frames": FRAMES} | kw))
