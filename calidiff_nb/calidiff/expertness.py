@@ -127,7 +127,7 @@ def expertness(
     present: Bool[Tensor, "b r"],  # who annotated
     identified: bool = True,  # False: slots are not persons; everybody gets the same, pooled figures
     rater_names: tuple[str, ...] | None = None,  # for the sentences; "rater 1" ... if None
-    rounds: int = 4,  # how often frame and covariance are updated in turn
+    rounds: int = 6,  # how often frame and covariance are updated in turn
     resamples: int = 400,  # bootstrap draws over cases
     generator: torch.Generator | None = None,  # source of the resampling
 ) -> Expertness:
@@ -148,18 +148,20 @@ def expertness(
         valid = valid * regular(moments, valid)
         V = symmetric_raters(pooled(moments, valid, one), identified)[0]
         shared, own = split_covariance(V)
-        weights = frame_weights(own).T
+        near = (band[:, None] & usable[..., None, None]).to(S.dtype)
+        offset = ((Q - gauge(Q, weights)[:, None]) * near).sum((0, 3, 4)) / near.sum((0, 3, 4)).clamp(min=1)  # (r, k)
+        if not identified:
+            offset = torch.zeros_like(offset)
+        weights = frame_weights(own + torch.diag_embed(offset.T**2)).T
     counts = torch.stack([torch.bincount(torch.randint(0, b, (b,), generator=generator), minlength=b) for _ in range(resamples)]).to(moments)
     _, own_draws = split_covariance(symmetric_raters(pooled(moments, valid, counts), identified))
-    draws = frame_weights(own_draws)  # (n, k, r)
+    draws = frame_weights(own_draws + torch.diag_embed(offset.T**2))  # (n, k, r)
     low, high = (draws.double().quantile(q, dim=0).to(S.dtype).T for q in (0.025, 0.975))
     rho, rho_draws = correlation(own), correlation(own_draws)
     pairs = max(1, k * r * (r - 1) // 2)
     rho_low = rho_draws.double().quantile(0.025 / pairs, dim=0).to(S.dtype)  # Bonferroni over pairs
-    near = (band[:, None] & usable[..., None, None]).to(S.dtype)
-    bias = -((Q - gauge(Q, weights)[:, None]) * near).sum((0, 3, 4)) / near.sum((0, 3, 4)).clamp(min=1)
     miss, invent = lapses(marked, present)
-    found = Expertness(weights, low, high, own.movedim(0, -1), shared, V.movedim(0, -1), bias, miss, invent, rho.movedim(0, -1), rho_low.movedim(0, -1), b, identified)
+    found = Expertness(weights, low, high, own.movedim(0, -1), shared, V.movedim(0, -1), -offset, miss, invent, rho.movedim(0, -1), rho_low.movedim(0, -1), b, identified)
     return with_warnings(found, names)
 
 # %% ../../nbs/calidiff/21_expertness.ipynb #export-regular

@@ -25,10 +25,9 @@ from .alignment import align, alignment_loss, ambiguity_loss, confidence, fideli
 from .consensus import consensus_targets, level_sets
 from .expertness import Expertness, expertness, gauge
 from .fusion import CrossExpertFusion, Fusion, fuse, inside_probability, own_error, unbias
-from .inverse import draw_times, draw_tokens, joint_diffusion_loss, measure_retention, noised, normalise, predict_raters, step_for
+from .inverse import distance_schedule, draw_times, draw_tokens, joint_diffusion_loss, measure_retention, noised, normalise, predict_raters, step_for
 from ..diffusion.denoisers import UNet
 from ..diffusion.samplers import Trajectory, sample
-from ..diffusion.schedules import cosine_schedule
 from ..diffusion.training import History, TrainConfig, augment, fit, load_weights, save_weights
 from ..raters.cases import Cohort, draw_like
 from ..raters.distance import signed_distance, to_network
@@ -41,11 +40,12 @@ class CaliDiffConfig:
     widths: tuple[int, ...] = (32, 64, 96)  # channels at 1/2, 1/4 and 1/8 of the image
     T: int = 1000  # noise levels
     reach: float = 8.0  # px; signed distances are truncated there
+    signal: float = 0.2  # factor on distances before they are noised: they are smooth, so noise averages out
     cross_rater: bool = True  # raters look at each other while they are denoised (joint model); False: each alone
     blind: float = 0.25  # share of training slots that are not told who is speaking
-    joint_steps: int = 700  # stage 1: shared-parameter inverse diffusion
-    committee_steps: int = 300  # stages 2 and 3: alignment, fusion, consensus, adversary
-    batch: int = 16  # images a step
+    joint_steps: int = 600  # stage 1: shared-parameter inverse diffusion
+    committee_steps: int = 200  # stages 2 and 3: alignment, fusion, consensus, adversary
+    batch: int = 12  # images a step
     lr: float = 2e-3  # peak learning rate of stage 1; the committee learns at a quarter of it
     align: bool = True  # Expertness Consistent Alignment, in training and in `calibrate`
     fusion: bool = True  # attention fusion; False: generalised least squares alone
@@ -288,7 +288,7 @@ class CaliDiff(nn.Module):
             self.net = UNet(n, k, channels, config.widths, config.T, config.cross_rater)
             self.fusion = CrossExpertFusion(config.widths[0])
             self.critic = ReliabilityCritic(channels, k)
-        self.schedule = cosine_schedule(config.T)
+        self.schedule = distance_schedule(config.T, config.signal)
         self.expertness: Expertness | None = None
         self.kept: tuple[Tensor, Tensor] | None = None  # steps and the share of a shift they keep
         self.about: dict = {}  # recipe: data, figures, versions
@@ -353,7 +353,7 @@ class CaliDiff(nn.Module):
         self.expertness = expertness(S, Q, marked, valid.present, self.identified, valid.rater_names, generator=g)
         few = valid.subset(range(min(16, len(valid))))
         features = self.net.encode(few.images.to(self.device))
-        t = (torch.linspace(0.02, 0.98, 13) * (self.config.T - 1)).long()
+        t = (torch.linspace(0.02, 0.98, 17) * (self.config.T - 1)).long()
         middle = gauge(Q[: len(few)], self.expertness.weights).to(self.device)
         self.kept = t, measure_retention(self.net, features, middle, t, self.schedule, 1, self.config.reach, seed=self.config.seed).cpu()
         return self.expertness

@@ -51,13 +51,18 @@ class NoiseSchedule:
     name: str = "custom"  # for figures and recipes
     alphas: Float[Tensor, "T"] = field(init=False)  # 1 - betas
     alphas_cumprod: Float[Tensor, "T"] = field(init=False)  # ᾱ: share of the mask's variance left after step t
+    snr: Float[Tensor, "T"] = field(init=False)  # ᾱ/(1 - ᾱ): signal-to-noise ratio of every step
+    half_log_snr: Float[Tensor, "T"] = field(init=False)  # λ = ½ log snr: the clock that fast samplers run on
     _levels: Float[Tensor, "T1"] = field(init=False)  # ᾱ with the clean moment in front
 
     def __post_init__(self) -> None:
         """Multiply the tables out, once."""
         _check_betas(self.betas)
-        levels = torch.cat([self.betas.new_ones(1), (1 - self.betas).cumprod(0)])
-        for name, table in {"alphas": 1 - self.betas, "alphas_cumprod": levels[1:], "_levels": levels}.items():
+        alphas = 1 - self.betas
+        levels = torch.cat([alphas.new_ones(1), alphas.cumprod(0)])
+        snr = levels[1:] / (1 - levels[1:])
+        tables = {"alphas": alphas, "alphas_cumprod": levels[1:], "snr": snr, "half_log_snr": snr.log() / 2, "_levels": levels}
+        for name, table in tables.items():
             object.__setattr__(self, name, table)
 
     def __repr__(self) -> str:
@@ -68,16 +73,6 @@ class NoiseSchedule:
     def T(self) -> int:
         """Count the steps."""
         return len(self.betas)
-
-    @property
-    def snr(self) -> Float[Tensor, "T"]:
-        """Signal-to-noise ratio ᾱ/(1−ᾱ) of every step."""
-        return self.alphas_cumprod / (1 - self.alphas_cumprod)
-
-    @property
-    def half_log_snr(self) -> Float[Tensor, "T"]:
-        """λ = ½ log(ᾱ/(1−ᾱ)) of every step: the clock that fast samplers run on."""
-        return self.alphas_cumprod.logit() / 2
 
     def alpha_bar(
         self,
@@ -118,7 +113,7 @@ class NoiseSchedule:
     ) -> "NoiseSchedule":  # the same numbers there
         """Move the tables, so that lookups on a GPU need no copy."""
         moved = copy.copy(self)
-        for name in ("betas", "alphas", "alphas_cumprod", "_levels"):
+        for name in ("betas", "alphas", "alphas_cumprod", "snr", "half_log_snr", "_levels"):
             object.__setattr__(moved, name, getattr(self, name).to(device))
         return moved
 
@@ -205,4 +200,6 @@ def to_diffusers(
     made = cls(schedule.T, trained_betas=schedule.betas.tolist(), prediction_type="sample", **clip | settings)
     if exact:
         made.betas, made.alphas, made.alphas_cumprod = (x.clone().cpu() for x in (schedule.betas, schedule.alphas, schedule.alphas_cumprod))
+        if hasattr(made, "lambda_t"):    # DPM-Solver keeps three more
+            made.alpha_t, made.sigma_t, made.lambda_t = made.alphas_cumprod.sqrt(), (1 - made.alphas_cumprod).sqrt(), schedule.half_log_snr.cpu()
     return made
