@@ -48,6 +48,28 @@ def test_every_number_of_steps(T):
             assert steps == 1 or grid[-1] == 0
 
 
+@pytest.mark.parametrize("bend", [0.3, 1.0, 2.0, 3.0, 6.0])
+def test_bent_grids_never_repeat(bend):
+    for start in (0, 3, 49):
+        for steps in range(1, start + 2):
+            grid = timestep_grid(50, steps, start, bend)
+            assert len(grid) == steps and grid[0] == start and (grid.diff() < 0).all()
+            assert steps == 1 or grid[-1] == 0
+    assert timestep_grid(1000, 5, bend=2.0).tolist() == [999, 937, 749, 437, 0]
+
+
+def test_few_even_steps_forget_the_rare():
+    """Shares of four readers, one of whom sees nothing: early questions decide, so a bent grid is fairer."""
+    denoiser = some_masks(COSINE)
+    four = ExactDenoiser(torch.cat([denoiser.atoms[:3], torch.ones_like(denoiser.atoms[:1])]), COSINE)
+    start = noise(400, 1, 16, 16)
+    def empties(grid):
+        ends = sample(four, COSINE, start=start, steps=grid, step=dpmpp_2m_step).x0
+        return (torch.cdist(ends.flatten(1), four.atoms.flatten(1)).argmin(1) == 3).double().mean().item()
+    even, bent, fine = (empties(g) for g in (timestep_grid(1000, 5), timestep_grid(1000, 5, bend=3.0), timestep_grid(1000, 200)))
+    assert abs(fine - 0.25) < 0.07 and abs(bent - fine) < 0.5 * abs(even - fine)
+
+
 def test_grid_is_as_in_monai():
     monai = pytest.importorskip("monai.networks.schedulers").DDIMScheduler(1000)
     for steps in (2, 5, 10, 25, 50, 250):
@@ -86,7 +108,7 @@ def test_standing_still_changes_nothing(step):
 def test_ddim_with_eta_one_is_ddpm(t, t_prev):
     x, guess = noise(3, 1, 8, 8), noise(3, 1, 8, 8, seed=1)
     args = x, guess, torch.full((3,), t), torch.full((3,), t_prev), COSINE
-    assert (ddim_step(*args, eta=1.0, generator=seeded()) - ddpm_step(*args, generator=seeded())).abs().max() < 1e-12
+    assert (ddim_step(*args, eta=1.0, generator=seeded()) - ddpm_step(*args, generator=seeded())).abs().max() < 1e-11
 
 
 def test_ddpm_spreads_as_the_posterior_says():
@@ -134,10 +156,22 @@ def test_one_number_for_all_equals_one_per_item():
 
 # ---------------------------------------------------------------- diffusers, first tier: as shipped; second: with our tables
 
-def their_walk(theirs, denoiser, x, **kwargs):
+def gaussian(schedule):
+    """A denoiser whose walk never forgets where it began, so that no difference can hide."""
+    mean, variance = noise(16, 16, seed=7).tanh(), noise(16, 16, seed=8).square() / 2
+    return ExactGaussian(mean, variance, schedule)
+
+
+def their_walk(theirs, denoiser, x):
+    states = [x]
     for t in theirs.timesteps:
-        x = theirs.step(denoiser(x, torch.full((len(x),), int(t))), t, x, **kwargs).prev_sample
-    return x
+        states.append(theirs.step(denoiser(states[-1], torch.full((len(x),), int(t))), t, states[-1]).prev_sample)
+    return states
+
+
+def worst(ours, theirs):
+    """The largest relative difference anywhere on the walk."""
+    return max(apart(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -146,13 +180,13 @@ def their_walk(theirs, denoiser, x, **kwargs):
 def test_ddim_walk_is_as_in_diffusers(name, steps, exact, dtype, bound):
     pytest.importorskip("diffusers")
     schedule = SCHEDULES[name]
-    theirs, denoiser, x = to_diffusers(schedule, "ddim", exact=exact), some_masks(schedule, dtype), noise(3, 1, 16, 16, dtype=dtype)
+    theirs, denoiser, x = to_diffusers(schedule, "ddim", exact=exact), gaussian(schedule), noise(3, 1, 16, 16, dtype=dtype)
     theirs.set_timesteps(steps)
-    ours = sample(denoiser, schedule, start=x, steps=theirs.timesteps).x0
-    assert apart(ours, their_walk(theirs, denoiser, x)) < bound
+    ours = sample(denoiser, schedule, start=x, steps=theirs.timesteps, keep=True).states
+    assert worst(ours, their_walk(theirs, denoiser, x)) < bound
 
 
-@pytest.mark.parametrize("exact, bound", [(False, 2e-5), (True, 1e-13)])
+@pytest.mark.parametrize("exact, bound", [(False, 2e-4), (True, 1e-12)])   # 1 - ᾱ of a float32 ᾱ near 1 has few digits
 @pytest.mark.parametrize("kind, step", [("ddim", partial(ddim_step, eta=0.5)), ("ddim", partial(ddim_step, eta=1.0)), ("ddpm", ddpm_step)])
 def test_noisy_step_is_as_in_diffusers(kind, step, exact, bound):
     pytest.importorskip("diffusers")
@@ -170,10 +204,10 @@ def test_noisy_step_is_as_in_diffusers(kind, step, exact, bound):
 def test_dpmpp_walk_is_as_in_diffusers(name, steps):
     pytest.importorskip("diffusers")
     schedule = SCHEDULES[name]
-    theirs, denoiser, x = to_diffusers(schedule, "dpm"), some_masks(schedule, torch.float32), noise(3, 1, 16, 16, dtype=torch.float32)
+    theirs, denoiser, x = to_diffusers(schedule, "dpm"), gaussian(schedule), noise(3, 1, 16, 16, dtype=torch.float32)
     theirs.set_timesteps(steps)
-    ours = sample(denoiser, schedule, start=x, steps=theirs.timesteps, step=dpmpp_2m_step).x0
-    assert apart(ours, their_walk(theirs, denoiser, x)) < 1e-5
+    ours = sample(denoiser, schedule, start=x, steps=theirs.timesteps, step=dpmpp_2m_step, keep=True).states
+    assert worst(ours, their_walk(theirs, denoiser, x)) < 1e-5
 
 
 def test_dpmpp_step_with_our_tables():
@@ -195,7 +229,7 @@ def test_ddim_step_is_as_in_monai(eta):
     monai = pytest.importorskip("monai.networks.schedulers")
     theirs = monai.DDIMScheduler(1000, schedule="cosine", prediction_type="sample", clip_sample=False)
     guess, x = noise(3, 1, 16, 16, seed=1), noise(3, 1, 16, 16)
-    for exact, bound in ((False, 2e-5), (True, 1e-13)):
+    for exact, bound in ((False, 2e-4), (True, 1e-12)):
         if exact:
             theirs.alphas_cumprod, theirs.final_alpha_cumprod = COSINE.alphas_cumprod, torch.ones((), dtype=torch.float64)
         theirs.set_timesteps(50)

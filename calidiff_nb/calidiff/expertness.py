@@ -68,9 +68,16 @@ def split_covariance(
 
 def frame_weights(
     own: Float[Tensor, "*n r r"],  # N, px^2
+    offset: Float[Tensor, "*m r"] | float = 0.0,  # px, how far each rater's habit lies from the present frame
 ) -> Float[Tensor, "*n r"]:  # >= 0, sum to 1
-    """Weights of the best linear combination of raters with error covariance N, clipped at zero."""
-    w = torch.linalg.solve(own.double(), torch.ones(own.shape[:-1], dtype=torch.float64, device=own.device)).clamp(min=0)
+    """Weights of the best linear combination of raters, equation (21.2), clipped at zero.
+
+    Source: our reading; a redescending estimate of location (Welsch) on top of generalised least squares.
+    """
+    o2 = torch.zeros(own.shape[:-1], dtype=torch.float64, device=own.device) + torch.as_tensor(offset, device=own.device).double() ** 2
+    w = torch.linalg.solve(own.double() + torch.diag_embed(o2), torch.ones_like(o2)).clamp(min=0)
+    doubt = o2 / (2 * own.double().diagonal(dim1=-2, dim2=-1))
+    w = w * torch.exp(doubt.amin(-1, keepdim=True) - doubt)
     return (w / w.sum(-1, keepdim=True)).to(own.dtype)
 
 # %% ../../nbs/calidiff/21_expertness.ipynb #export-expertness
@@ -127,7 +134,7 @@ def expertness(
     present: Bool[Tensor, "b r"],  # who annotated
     identified: bool = True,  # False: slots are not persons; everybody gets the same, pooled figures
     rater_names: tuple[str, ...] | None = None,  # for the sentences; "rater 1" ... if None
-    rounds: int = 6,  # how often frame and covariance are updated in turn
+    rounds: int = 10,  # how often frame and covariance are updated in turn
     resamples: int = 400,  # bootstrap draws over cases
     generator: torch.Generator | None = None,  # source of the resampling
 ) -> Expertness:
@@ -142,7 +149,7 @@ def expertness(
     names = rater_names or tuple(f"rater {i + 1}" for i in range(r))
     weights = torch.full((r, k), 1 / r, dtype=S.dtype, device=S.device)
     one = torch.ones(1, b, dtype=S.dtype, device=S.device)
-    for _ in range(rounds):
+    for number in range(rounds):
         band = gauge(Q, weights).abs() < 4
         moments, valid = residual_moments(S - Q, usable, band)
         valid = valid * regular(moments, valid)
@@ -150,12 +157,12 @@ def expertness(
         shared, own = split_covariance(V)
         near = (band[:, None] & usable[..., None, None]).to(S.dtype)
         offset = ((Q - gauge(Q, weights)[:, None]) * near).sum((0, 3, 4)) / near.sum((0, 3, 4)).clamp(min=1)  # (r, k)
-        if not identified:
+        if number == 0 or not identified:  # the first frame asks for noise alone, or a loud majority would define it
             offset = torch.zeros_like(offset)
-        weights = frame_weights(own + torch.diag_embed(offset.T**2)).T
+        weights = frame_weights(own, offset.T).T
     counts = torch.stack([torch.bincount(torch.randint(0, b, (b,), generator=generator), minlength=b) for _ in range(resamples)]).to(moments)
     _, own_draws = split_covariance(symmetric_raters(pooled(moments, valid, counts), identified))
-    draws = frame_weights(own_draws + torch.diag_embed(offset.T**2))  # (n, k, r)
+    draws = frame_weights(own_draws, offset.T)  # (n, k, r)
     low, high = (draws.double().quantile(q, dim=0).to(S.dtype).T for q in (0.025, 0.975))
     rho, rho_draws = correlation(own), correlation(own_draws)
     pairs = max(1, k * r * (r - 1) // 2)

@@ -65,9 +65,11 @@ def q_posterior(
 ) -> tuple[Float[Tensor, "b *rest"], Float[Tensor, "..."]]:  # mean; variance, broadcastable to it
     """Where was the map at the earlier step, if it began as `x0` and is now `x_t`? A Gaussian.
 
-    Source: Ho et al. 2020, eq. 6 and 7, for any earlier step. Raises: ValueError if t_prev comes after t; IndexError outside the table.
+    Source: Ho et al. 2020, eq. 6 and 7, for any earlier step. Raises: ValueError if t_prev comes after t, or t is -1; IndexError outside the table.
     """
     now, before = schedule.alpha_bar(t, x_t), schedule.alpha_bar(t - 1 if t_prev is None else t_prev, x_t)
+    if (now == 1).any():
+        raise ValueError("t must be at least 0; got -1: before a clean map there is nothing to ask about.")
     if (before < now).any():
         raise ValueError(f"t_prev must not come after t; got t_prev {t_prev} and t {t}: swap them?")
     kept = now / before  # α between the two moments
