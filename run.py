@@ -1,4 +1,4 @@
-"""Set everything up in .venv and run one job: python run.py [setup|demo|test|lab|docs|bench] [arguments for it].
+"""Set everything up in .venv and run one job: python run.py [setup|demo|test|lab|docs|readme] [arguments for it].
 
 Standard library only, because nothing else is installed yet when it starts.
 """
@@ -138,11 +138,6 @@ def test(arguments: list[str]) -> int:
     return code or bool(failed)
 
 
-def docs(arguments: list[str]) -> int:
-    """The site in build/site/_docs: by Quarto if it is installed, else by a small stand-in."""
-    return call(str(PYTHON), str(ROOT / "tests" / "site.py"), *arguments)
-
-
 def main() -> int:
     """Read the verb, set up, do it."""
     if sys.version_info < (3, 11):  # noqa: UP036  older ones must be told
@@ -154,7 +149,8 @@ def main() -> int:
         "demo": lambda: call(cli, "demo", *rest),
         "test": lambda: test(rest),
         "lab": lambda: lab(rest),
-        "docs": lambda: docs(rest),
+        "docs": lambda: call(str(PYTHON), str(ROOT / ".ci" / "site.py"), "docs"),
+        "readme": lambda: call(str(PYTHON), str(ROOT / ".ci" / "site.py"), "readme"),
     }
     if verb not in jobs:
         print(__doc__, "\nverbs:", ", ".join(jobs))

@@ -176,6 +176,14 @@ def test_band_grows_by_a_square_of_any_width(width):
     assert torch.equal(dispute_band(votes, torch.ones(3, 2, dtype=torch.bool), width), want)
 
 
+@pytest.mark.parametrize("width", [1, 2, 3, 5])
+def test_band_shrinks_the_intersection_by_as_much(width):
+    votes = torch.ones(1, 2, 1, 25, 25, dtype=torch.uint8)
+    votes[..., 12, 12] = 0                                                 # one hole, seen by both
+    band = dispute_band(votes, torch.ones(1, 2, dtype=torch.bool), width)[0, 0]
+    assert band.sum() == (2 * width + 1) ** 2 and band[12 - width, 12 + width]
+
+
 # STAPLE
 
 def itk(masks):
@@ -298,8 +306,9 @@ def test_staple_stops_and_says_so():
 
 def test_staple_prior_pulls_towards_its_mode_and_is_refused_below_one():
     masks = discs(2, 3)
-    strong = staple(masks, beta=(1e9, 1e9))
-    assert (strong.sensitivity - 0.5).abs().max() < 1e-4
+    for beta, mode in [((1e9, 1e9), 0.5), ((9e8 + 1, 1e8 + 1), 0.9)]:
+        strong = staple(masks, beta=beta)
+        assert (strong.sensitivity - mode).abs().max() < 1e-4 and (strong.specificity - mode).abs().max() < 1e-4
     with pytest.raises(ValueError, match="beta"):
         staple(masks, beta=(0.5, 2.0))
     with pytest.raises(ValueError, match="between 0 and 1"):

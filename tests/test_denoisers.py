@@ -7,7 +7,7 @@ import torch
 
 from calidiff_nb.diffusion.denoisers import (
     ExactDenoiser, ExactGaussian, ImageEncoder, Prediction, RaterAttention, RaterTokens, UNet,
-    borrowed_denoiser, effective_atoms, pad_to_eight, signal_share, time_embedding,
+    borrowed_denoiser, effective_atoms, pad_to_eight, time_embedding,
 )
 from calidiff_nb.diffusion.schedules import cosine_schedule
 
@@ -79,9 +79,10 @@ def test_exact_denoiser_refuses():
         ExactDenoiser(torch.zeros(0, 1, 4, 4), SCHEDULE)
     with pytest.raises(ValueError, match="one entry per atom, 2; got 3"):
         ExactDenoiser(torch.zeros(2, 1, 4, 4), SCHEDULE, torch.zeros(3))
+    exact = ExactDenoiser(torch.zeros(2, 1, 4, 4), SCHEDULE)
     for bad in (-1, T):
-        with pytest.raises(IndexError, match=r"0\.\.999"):
-            signal_share(torch.tensor([bad]), SCHEDULE)
+        with pytest.raises(IndexError, match=rf"{T - 1}.*got {bad}"):
+            exact(torch.zeros(1, 1, 4, 4), torch.tensor([bad]))
 
 
 def test_effective_atoms_counts():

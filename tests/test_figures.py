@@ -245,7 +245,7 @@ def test_without_words_keeps_alt_and_shrinks():
 
 def test_to_theme_equals_drawing_in_that_theme():
     for changed, drawn in zip(other_pictures("light"), other_pictures("dark"), strict=True):
-        a, b = (np.asarray(Image.open(io.BytesIO(p.png(50))).convert("RGB")).astype(int) for p in (changed.to_theme("dark"), drawn))
+        a, b = (np.asarray(Image.open(io.BytesIO(p.png(100))).convert("RGB")).astype(int) for p in (changed.to_theme("dark"), drawn))
         assert (np.abs(a - b).sum(-1) > 60).mean() < 0.02, drawn.title_text
 
 

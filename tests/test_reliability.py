@@ -182,9 +182,9 @@ def test_area_counts_present_raters_in_mm():
     masks = torch.zeros(2, 2, 1, 4, 4, dtype=torch.uint8)
     masks[0, 0, 0, :2, :2] = 1
     masks[1, 0, 0] = masks[1, 1, 0] = 1
-    spacing = torch.tensor([[0.5, 2.0], [1.0, 1.0]])
-    assert lesion_area(masks, None, spacing).flatten().tolist() == [2, 16]
-    assert lesion_area(masks, torch.tensor([[True, False], [True, True]]), spacing).flatten().tolist() == [4, 16]
+    spacing = torch.tensor([[0.5, 3.0], [1.0, 2.0]])
+    assert lesion_area(masks, None, spacing).flatten().tolist() == [3, 32]
+    assert lesion_area(masks, torch.tensor([[True, False], [True, True]]), spacing).flatten().tolist() == [6, 32]
 
 
 def test_strata_part_the_cases():

@@ -386,3 +386,17 @@ def test_quick_inversion_gets_better_with_steps():
 def test_invert_refuses():
     with pytest.raises(ValueError, match="rounds must be at least 1"):
         invert(GAUSS, noise(1, 1, 1, 1), COSINE, rounds=0)
+
+
+def test_levels_from_nearest_t():
+    """nearest_t answers one wish with a 0-dim tensor: it may be passed on as it is."""
+    denoiser, t = ExactGaussian(0.0, 1.0, COSINE), COSINE.nearest_t(0.5)
+    x = noise(2, 1, 4, 4)
+    assert torch.equal(sample(denoiser, COSINE, start=x, start_t=t).x0, sample(denoiser, COSINE, start=x, start_t=int(t)).x0)
+    assert torch.equal(timestep_grid(1000, 5, t), timestep_grid(1000, 5, int(t)))
+    assert torch.equal(invert(denoiser, x, COSINE, steps=5, end_t=t), invert(denoiser, x, COSINE, steps=5, end_t=int(t)))
+
+
+def test_a_trajectory_can_be_made_by_hand():
+    maps = [noise(1, 1, 4, 4, seed=s) for s in range(3)]
+    assert len(Trajectory(maps[-1], maps, maps[1:], torch.tensor([999, 0]))) == 2

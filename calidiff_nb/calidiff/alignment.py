@@ -39,7 +39,7 @@ def align(
 def spread(
     weights: Float[Tensor, "r *k"],  # (r,) or (r, k)
     v: Float[Tensor, "b r *rest"],  # what they are for
-) -> Float[Tensor, "1 r *rest"]:  # weights with axes of length 1, ready to broadcast
+) -> Float[Tensor, "1 r *ones"]:  # weights with axes of length 1, ready to broadcast
     """Give the weights the axes of the annotations."""
     return weights.to(v).reshape(1, *weights.shape, *[1] * (v.ndim - 1 - weights.ndim))
 

@@ -22,7 +22,7 @@ from ..raters.cases import draw_like
 def timestep_grid(
     T: int,  # steps of the schedule
     steps: int,  # how many of them to visit, 1..T
-    start: int | Int[Tensor, "b"] | None = None,  # where the walk begins, 0..T-1; T-1 if None; or one start per item
+    start: Steps | None = None,  # where the walk begins, 0..T-1; T-1 if None; or one start per item
     bend: float = 1.0,  # 1 = evenly; above 1 asks more often while there is much noise, > 0
 ) -> Int[Tensor, "n *b"]:  # falling steps, from `start` to 0; `start` alone if steps is 1
     """Choose the steps at which the denoiser is asked.
@@ -30,6 +30,7 @@ def timestep_grid(
     Raises: ValueError if `steps` is not 1..T, more than there are from `start` down to 0, or bend <= 0.
     """
     start = T - 1 if start is None else start
+    start = int(start) if isinstance(start, Tensor) and start.ndim == 0 else start
     if not isinstance(steps, int) or not 1 <= steps <= T or bend <= 0:
         raise ValueError(f"steps must be a whole number, 1..{T}, and bend positive; got steps {steps} and bend {bend}.")
     falling = 1 - torch.linspace(0, 1, steps, dtype=torch.float64) ** bend
@@ -87,8 +88,8 @@ class Trajectory:
     "A walk from noise to a map. With `keep`, everything that was seen on the way."
 
     x0: Float[Tensor, "b *rest"]  # where it ended, clean
-    states: tuple[Tensor, ...]  # n + 1 maps: states[i] was denoised at timesteps[i], states[n] is x0; empty if not kept
-    predictions: tuple[Tensor, ...]  # n maps: what states[i] was taken for; empty if not kept
+    states: Sequence[Tensor]  # n + 1 maps: states[i] was denoised at timesteps[i], states[n] is x0; empty if not kept
+    predictions: Sequence[Tensor]  # n maps: what states[i] was taken for; empty if not kept
     timesteps: Int[Tensor, "n *b"]  # the steps visited, falling
 
     def __len__(self) -> int:
@@ -111,7 +112,7 @@ def sample(
     shape: Sequence[int] | None = None,  # (b, k, h, w) of pure noise to start from, drawn on the CPU …
     steps: int | Int[Tensor, "n"] = 5,  # how many steps, evenly spaced; or your own falling ones
     start: Float[Tensor, "b *rest"] | None = None,  # … or the noisy maps to start from (they set device and dtype)
-    start_t: int | Int[Tensor, "b"] | None = None,  # the step that `start` has been noised to; T-1 if None
+    start_t: Steps | None = None,  # the step that `start` has been noised to; T-1 if None
     step: Callable[..., Tensor] = ddim_step,  # any step(x_t, x0_hat, t, t_prev, schedule); see `step_extras`
     generator: torch.Generator | None = None,  # source of all noise
     callback: Callable[[int, Tensor, Tensor, Tensor], object] | None = None,  # told (i, t, x_t, x0_hat) after each call
@@ -212,7 +213,7 @@ def invert(
     x0: Float[Tensor, "b *rest"],  # clean maps
     schedule: NoiseSchedule,  # the one it was trained with
     steps: int = 50,  # steps of the walk, as in `sample`
-    end_t: int | None = None,  # how far to go, 0..T-1; T-1 if None
+    end_t: int | Int[Tensor, ""] | None = None,  # how far to go, 0..T-1; T-1 if None
     rounds: int = 10,  # calls a step, at least 1; 1 is the usual quick inversion, which only nearly returns
 ) -> Float[Tensor, "b *rest"]:  # the noise from which `sample` with the same steps returns x0
     """Find the noise that DDIM turns into these maps.

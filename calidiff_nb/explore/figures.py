@@ -462,7 +462,7 @@ def _still(ax, field: np.ndarray, distance: bool, reach: float) -> None:
     h, w = field.shape
     _frame(ax, (-0.5, w - 0.5, h - 0.5, -0.5), None)
 
-def _is_smooth(field: np.ndarray) -> bool: return (np.diff(field < 0, axis=1).mean() + np.diff(field < 0, axis=0).mean()) / 2 < 0.12
+def _is_smooth(field: np.ndarray) -> bool: return bool(np.diff(field < 0, axis=1).mean() + np.diff(field < 0, axis=0).mean() < 0.24)
 
 # %% ../../nbs/explore/40_figures.ipynb #export-show-trajectory
 def show_trajectory(
@@ -729,7 +729,8 @@ def _territories(ax, image: Tensor, weights: np.ndarray, members: list[int], nam
 
 def _heart(region: np.ndarray) -> tuple[float, float]:
     where = np.argwhere(region)
-    return tuple(where[np.abs(where - np.median(where, 0)).sum(1).argmin()])
+    y, x = where[np.abs(where - np.median(where, 0)).sum(1).argmin()]
+    return float(y), float(x)
 
 def _belief_sentence(weights: np.ndarray, members: list[int], names: list[str], marks: np.ndarray | None) -> str:
     disputed = None if marks is None else marks.any(0) & ~marks[[m for m in members if m < len(marks)]].all(0)
@@ -1060,7 +1061,7 @@ def player_html(
 
 def _player_page(data: dict, title: str, caption: str, theme: str) -> str:
     text, n, first = html.escape, len(data["frames"]), data["first"]
-    body = json.dumps(data, ensure_ascii=False).replace("</", "<\\/")
+    body = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
     return (f'{_PLAYER_STYLE}<figure class="calidiff-player" data-theme="{theme}" role="group" aria-label="{text(title)}">'
             f'<img src="{data["frames"][first]}" alt="{text(data["alt"])} Frame {first + 1} of {n}: {text(data["labels"][first])}">'
             f'<div class="bar"><button type="button" aria-pressed="false">▶ Play</button>'

@@ -1,0 +1,181 @@
+"""The method end to end on tiny networks: shapes, missing raters, strangers, saving, learning."""
+import dataclasses
+
+import pytest
+import torch
+
+from calidiff_nb.calidiff.expertness import expertness, frame_weights, split_covariance
+from calidiff_nb.calidiff.fusion import fuse
+from calidiff_nb.calidiff.inverse import unfold_raters
+from calidiff_nb.calidiff.model import CaliDiff, CaliDiffConfig
+from calidiff_nb.raters.cases import Cohort
+from calidiff_nb.raters.metrics import dice
+from calidiff_nb.raters.simulate import REGIMES, make_cohort
+
+TINY = CaliDiffConfig(widths=(8, 16, 16), joint_steps=6, committee_steps=2, batch=4, steps=2, draws=1)
+
+
+def trained(regime, config=TINY, n=30, size=64):
+    train, valid = make_cohort(regime, n, size, seed=1).split((0.6, 0.4))
+    model = CaliDiff.for_cohort(train, config)
+    model.fit(train, valid, progress=False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return trained("balanced")
+
+
+@pytest.mark.parametrize("regime", ["missing60", "two_structures", "seven", "lapses"])
+def test_every_panel_goes_through(regime):
+    model, cohort = trained(regime), make_cohort(regime, 5, seed=9)
+    found = model.calibrate(cohort)
+    r, k = cohort.n_raters, cohort.n_structures
+    assert found.aligned.shape == (5, r, k, 64, 64) and found.attention.shape == (5, r + 1, k, 64, 64)
+    assert ((found.pseudo_truth >= 0) & (found.pseudo_truth <= 1)).all()
+    assert torch.allclose(found.attention.sum(1), torch.ones(5, k, 64, 64), atol=1e-4)
+    said = model.segment(cohort.images, n=5, generator=torch.Generator().manual_seed(0))
+    assert said.samples.shape == (5, 5, k, 64, 64) and said.per_rater.shape[1] == r
+
+
+@pytest.mark.parametrize("raters", range(1, 9))
+def test_any_number_of_strangers(model, raters):
+    panel = [dataclasses.replace(REGIMES["unequal"][i % 4], name=f"r{i}") for i in range(raters)]
+    found = model.calibrate(make_cohort(panel, 4, seed=3))
+    assert found.normalised.shape[1] == raters and torch.isfinite(found.pseudo_distance).all()
+    assert found.warnings
+
+
+@pytest.mark.parametrize("size", [48, 72, 100])
+def test_other_sizes(model, size):
+    cohort = make_cohort("balanced", 2, size, seed=4)
+    assert model.calibrate(cohort).pseudo_truth.shape[-1] == size
+    assert model.segment(cohort.images, n=2).consensus.shape[-1] == size
+
+
+def test_a_missing_rater_is_that_rater_removed(model):
+    cohort = make_cohort("balanced", 4, seed=5)
+    present = cohort.present.clone()
+    present[:, 2] = False
+    absent = dataclasses.replace(cohort, present=present, masks=cohort.masks * present[:, :, None, None, None].to(torch.uint8))
+    found = model.calibrate(absent)
+    assert (found.attention[:, 2] == 0).all()
+    full = model.calibrate(cohort)
+    assert not torch.equal(found.fused, full.fused)
+
+
+def test_an_empty_mask_does_not_move_the_boundary_far(model):
+    cohort = make_cohort("balanced", 4, seed=6)
+    masks = cohort.masks.clone()
+    masks[:, 3] = 0
+    found, before = model.calibrate(dataclasses.replace(cohort, masks=masks)), model.calibrate(cohort)
+    near = before.fused.abs() < 4
+    assert (found.fused - before.fused)[near].abs().mean() < 1.0
+
+
+def test_batches_do_not_matter(model):
+    cohort = make_cohort("balanced", 5, seed=7)
+    a, b = model.calibrate(cohort, batch=5), model.calibrate(cohort, batch=2)
+    assert torch.allclose(a.fused, b.fused, atol=1e-3) and torch.allclose(a.pseudo_truth, b.pseudo_truth, atol=1e-3)
+
+
+def test_slots_that_are_not_persons():
+    cohort = make_cohort("balanced", 20, seed=8).shuffle_slots(torch.Generator().manual_seed(0))
+    train, valid = cohort.split((0.6, 0.4))
+    model = CaliDiff.for_cohort(train, TINY)
+    model.fit(train, valid, progress=False)
+    found = model.calibrate(valid)
+    assert torch.allclose(found.expertness.weights, torch.full((4, 1), 0.25))
+    assert model.segment(valid.images, n=3, sampler="levels").per_rater.shape[1] == 0
+
+
+def test_saved_is_the_same(model, tmp_path):
+    model.save(tmp_path / "m.safetensors")
+    again, cohort = CaliDiff.load(tmp_path / "m.safetensors"), make_cohort("balanced", 3, seed=2)
+    assert torch.equal(model.calibrate(cohort).pseudo_truth, again.calibrate(cohort).pseudo_truth)
+    (tmp_path / "m.safetensors").write_bytes((tmp_path / "m.safetensors").read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cut short"):
+        CaliDiff.load(tmp_path / "m.safetensors")
+
+
+def test_training_goes_on_where_it_stopped(tmp_path):
+    train, valid = make_cohort("unequal", 20, seed=1).split((0.6, 0.4))
+    whole, halves = (CaliDiff.for_cohort(train, TINY) for _ in range(2))
+    whole.fit(train, valid, progress=False)
+    halves.fit(train, valid, tmp_path, progress=False)
+    again = CaliDiff.for_cohort(train, TINY)
+    again.fit(train, valid, tmp_path, progress=False)  # everything is done: read back
+    for a, b in zip(whole.parameters(), again.parameters()):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("off", ["align", "fusion", "consensus", "adversary", "cross_rater"])
+def test_each_part_is_a_switch(off):
+    model = trained("balanced", dataclasses.replace(TINY, **{off: False}), n=16)
+    assert torch.isfinite(model.calibrate(make_cohort("balanced", 2, seed=3)).pseudo_truth).all()
+
+
+def test_refusals(model):
+    with pytest.raises(ValueError, match="neither"):
+        CaliDiff()
+    with pytest.raises(ValueError, match="structures"):
+        model.calibrate(make_cohort("two_structures", 2))
+    with pytest.raises(ValueError, match="channel"):
+        model.segment(torch.rand(1, 2, 64, 64))
+    with pytest.raises(ValueError, match="sampler"):
+        model.segment(torch.rand(1, 1, 64, 64), sampler="magic")
+    with pytest.raises(ValueError, match="untrained"):
+        CaliDiff(raters=3).calibrate(make_cohort("balanced", 2))
+    with pytest.raises(FileNotFoundError, match="one of"):
+        CaliDiff.from_pretrained("nothing")
+    with pytest.raises(ValueError, match="divide"):
+        unfold_raters(torch.zeros(5, 1), 2)
+
+
+def test_covariance_is_split_exactly():
+    own = torch.diag(torch.tensor([0.3, 1.0, 2.0, 4.0]))
+    shared, found = split_covariance(1.2 + own)
+    assert abs(shared - 1.2) < 1e-5 and torch.allclose(found, own, atol=1e-4)
+    w = frame_weights(own)
+    assert torch.allclose(w, (1 / own.diagonal()) / (1 / own.diagonal()).sum(), atol=1e-5)
+    assert frame_weights(own, torch.tensor([0.0, 0.0, 0.0, 9.0]))[3] < 1e-3
+
+
+def test_fusion_of_independent_raters_is_the_precision_weighted_mean():
+    g = torch.Generator().manual_seed(0)
+    Z, C = torch.randn(2, 3, 1, 8, 8, generator=g), torch.randn(2, 1, 8, 8, generator=g)
+    own, shared = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([3.0])
+    f = fuse(Z, C, torch.ones(2, 3, 1, dtype=torch.bool), torch.diag(own)[..., None], shared)
+    p = 1 / own
+    want = ((Z * p[None, :, None, None, None]).sum(1) + C / 3) / (p.sum() + 1 / 3)
+    assert torch.allclose(f.distance, want, atol=1e-5)
+    assert torch.allclose(f.sd, ((p.sum() + 1 / 3) ** -0.5).expand(2, 1))
+
+
+def test_two_colluding_raters_count_for_little_more_than_one():
+    N = torch.tensor([[1.0, 0.95, 0.0], [0.95, 1.0, 0.0], [0.0, 0.0, 1.0]])[..., None]
+    f = fuse(torch.zeros(1, 3, 1, 4, 4), torch.zeros(1, 1, 4, 4), torch.ones(1, 3, 1, dtype=torch.bool), N, torch.tensor([100.0]))
+    pair, single = f.weights[0, :2, 0].sum(), f.weights[0, 2, 0]
+    assert single < pair < 1.1 * single
+
+
+def test_expertness_needs_marks():
+    zeros = torch.zeros(3, 2, 1, 8, 8)
+    with pytest.raises(ValueError, match="mark something"):
+        expertness(zeros, zeros, torch.zeros(3, 2, 1, dtype=torch.bool), torch.ones(3, 2, dtype=torch.bool))
+
+
+def test_a_short_training_learns():
+    """From the image alone, after a minute: far better than an untrained network, and the loss has fallen."""
+    cohort = make_cohort("unequal", 160, seed=11)
+    train, valid, test = cohort.split((0.7, 0.15, 0.15))
+    model = CaliDiff.for_cohort(train, CaliDiffConfig(widths=(16, 24, 32), joint_steps=120, committee_steps=0, consensus=False, batch=8))
+    history = model.fit(train, valid, progress=False)["joint"].values["loss"]
+    assert sum(history[-10:]) < 0.4 * sum(history[:10])
+    said = model.segment(test.images, n=1)
+    assert dice((said.consensus > 0.5).to(torch.uint8), test.truth).mean() > 0.75
+    found = model.calibrate(test)
+    best = max(float(dice(test.masks[:, r], test.truth).mean()) for r in range(4))
+    assert dice((found.pseudo_truth > 0.5).to(torch.uint8), test.truth).mean() > best - 0.03
+    assert isinstance(test, Cohort)
