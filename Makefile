@@ -1,5 +1,6 @@
-# The same verbs as run.py, which does the work: python run.py VERB
+# The same verbs as run.py, which does the work. Arguments: make demo ARGS="--data PATH"
 PYTHON ?= python3
-.PHONY: setup demo test lab docs readme
-setup demo test lab docs readme:
+VERBS = setup demo test lab docs bench app readme refresh
+.PHONY: $(VERBS)
+$(VERBS):
 	@$(PYTHON) run.py $@ $(ARGS)

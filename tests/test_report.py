@@ -3,7 +3,6 @@ import errno
 import os
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +18,12 @@ from calidiff_nb.explore.report import (
     Section,
     calibration_report,
     case_agreement,
+    cohort_section,
     compare,
     compare_masks,
     compare_probabilities,
     headline,
+    known_spacing,
     note_html,
     page_html,
     probabilities,
@@ -129,7 +130,7 @@ def test_contents_list_points_at_every_heading(page):
     assert sum(t == "h1" for t, _ in tags) == 1
 
 
-def test_page_says_what_is_not_what_it_seems():
+def test_page_says_what_is_not_what_it_seems(quick_pictures):
     found = make_evidence(identified=False)
     page = calibration_report(found, make_origin(found))
     assert "Slots are not persons" in page and "Only its abstract is public" in page
@@ -150,13 +151,20 @@ def test_provenance_changes_with_the_settings():
     assert a != b and make_origin(found).config_hash == a
 
 
+@pytest.fixture
+def quick_pictures(monkeypatch):
+    """Lay pictures out without painting them."""
+    monkeypatch.setattr(report, "picture_html", lambda picture: picture.draw_without_rendering() or "")
+    monkeypatch.setattr(report.Picture, "png", lambda *_: b"")
+
+
 @pytest.mark.parametrize("shape", [dict(r=1), dict(r=2, k=2), dict(r=7), dict(b=1), dict(identified=False)])
-def test_report_copes_with_few_many_and_two(shape):
+def test_report_copes_with_few_many_and_two(shape, quick_pictures):
     found = make_evidence(**({"b": 3} | shape))
     assert "</html>" in calibration_report(found, make_origin(found), simulated=found)
 
 
-def test_report_copes_with_empty_masks():
+def test_report_copes_with_empty_masks(quick_pictures):
     found = make_evidence(b=3)
     c = found.cohort
     masks = c.masks.clone()
@@ -253,6 +261,13 @@ def test_reliability_points_count_every_answer():
     assert (points["low"][seen] <= points["observed"][seen] + 1e-9).all() and (points["observed"][seen] <= points["high"][seen] + 1e-9).all()
 
 
+def test_millimetres_are_shown_only_where_somebody_measured_them(quick_pictures):
+    c = make_evidence().cohort
+    assert torch.equal(known_spacing(c, 0), c.spacing[0])
+    blind = Cohort(**{f: getattr(c, f) for f in c.__dataclass_fields__} | {"spacing": torch.ones(len(c), 2)})
+    assert known_spacing(blind, 0) is None and "size of a pixel not known" in cohort_section(blind, blind).body
+
+
 def test_walk_section_needs_a_walk():
     found = make_evidence()
     with pytest.raises(ValueError, match="model.trajectory"):
@@ -293,7 +308,3 @@ def test_comparison_is_frozen():
     assert isinstance(found, Comparison)
     with pytest.raises(AttributeError):
         found.names = ()
-
-
-def test_make_evidence_carries_no_machine_path(page):
-    assert str(Path.home()) not in page.replace("/root/", "") or str(Path.home()) == "/root"

@@ -203,7 +203,15 @@ def committee_step(
     return step
 
 
-def consensus_part(model: "CaliDiff", images: Tensor, masks: Tensor, present: Tensor, features: tuple[Tensor, ...], fused: Tensor, truth: Tensor) -> dict[str, Tensor]:
+def consensus_part(
+    model: "CaliDiff",  # in training
+    images: Float[Tensor, "b c h w"],  # [0, 1]
+    masks: UInt8[Tensor, "b r k h w"],  # {0, 1}
+    present: Bool[Tensor, "b r"],  # who annotated
+    features: tuple[Tensor, ...],  # of the images
+    fused: Float[Tensor, "b k h w"],  # the committee's conclusion, px
+    truth: Float[Tensor, "b k h w"],  # the same as a probability, [0, 1]
+) -> dict[str, Tensor]:  # parts of the loss
     """The consensus token learns the committee's conclusion from the image; a critic grades it."""
     ids = torch.full((len(images), 1), model.net.tokens.consensus, device=images.device)
     distance, logit, _ = predict_raters(model.net, features, ids, model.schedule, tuple(images.shape[-2:]), model.config.reach, model.config.seed)
@@ -221,7 +229,14 @@ def consensus_part(model: "CaliDiff", images: Tensor, masks: Tensor, present: Te
     return out
 
 
-def align_part(model: "CaliDiff", masks: Tensor, present: Tensor, features: tuple[Tensor, ...], truth: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+def align_part(
+    model: "CaliDiff",  # in training
+    masks: UInt8[Tensor, "b r k h w"],  # {0, 1}
+    present: Bool[Tensor, "b r"],  # who annotated
+    features: tuple[Tensor, ...],  # of the images
+    truth: Float[Tensor, "b k h w"],  # the same as a probability, [0, 1]
+    generator: torch.Generator,  # source of noise and choice
+) -> dict[str, Tensor]:  # parts of the loss
     """Rater-blind answers to lightly noised annotations, drawn together where the others are sure."""
     who, reach = model.expertness, model.config.reach
     S = signed_distance(masks, reach)
@@ -234,7 +249,13 @@ def align_part(model: "CaliDiff", masks: Tensor, present: Tensor, features: tupl
     return {"align": alignment_loss(v, truth, c, weights, present) + 0.3 * fidelity_loss(v, drawn, present) + ambiguity_loss(v, drawn, c, present)}
 
 
-def fusion_part(model: "CaliDiff", masks: Tensor, present: Tensor, features: tuple[Tensor, ...], generator: torch.Generator) -> dict[str, Tensor]:
+def fusion_part(
+    model: "CaliDiff",  # in training
+    masks: UInt8[Tensor, "b r k h w"],  # {0, 1}
+    present: Bool[Tensor, "b r"],  # who annotated
+    features: tuple[Tensor, ...],  # of the images
+    generator: torch.Generator,  # source of noise and choice
+) -> dict[str, Tensor]:  # parts of the loss
     """The committee without one member must predict him: leave one out, in the band, in units of his own variance."""
     with torch.no_grad():
         Q, _, _ = expected(model, features, tuple(masks.shape[-2:]), masks.shape[1], model.identified)

@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['Provenance', 'provenance', 'Comparison', 'compare', 'compare_masks', 'compare_probabilities', 'known_truth',
            'probabilities', 'best_rater', 'reliability_points', 'picture_html', 'table_html', 'note_html', 'text_html',
-           'comparison_html', 'Evidence', 'Section', 'case_agreement', 'showcase', 'cohort_section',
+           'comparison_html', 'Evidence', 'Section', 'case_agreement', 'known_spacing', 'showcase', 'cohort_section',
            'disagreement_section', 'calibration_section', 'walk_section', 'walk_frames', 'segmentation_section',
            'truth_section', 'headline', 'expertness_html', 'honesty_section', 'origin_section', 'page_html',
-           'calibration_report', 'report_cards', 'write_page']
+           'calibration_report', 'report_cards', 'write_at_once', 'write_page']
 
 # %% ../../nbs/explore/42_report.ipynb #parents
 import datetime
@@ -16,8 +16,7 @@ import importlib.metadata
 import json
 import os
 import platform
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -302,6 +301,13 @@ def case_agreement(
     if here.any(): found[here] = pairwise_dice(cohort.masks[here], cohort.present[here])[:, upper].nanmean((1, 2)).cpu()
     return found
 
+def known_spacing(
+    cohort: Cohort,                      # cases
+    i: int,                              # which
+) -> Float[Tensor, "2"] | None:          # mm per pixel (row, column); None if nobody stored it
+    """Tell a true pixel size from the placeholder 1 × 1 mm, so that no picture shows millimetres that nobody measured."""
+    return None if bool((cohort.spacing[i] == 1).all()) else cohort.spacing[i]
+
 def showcase(
     cohort: Cohort,                      # cases
     quantiles: Sequence[float] = (0.25, 0.5, 0.9),   # of disagreement, 0 = most agreed upon
@@ -319,7 +325,8 @@ def cohort_section(
     """Say what was marked, by whom, and what is not what it seems."""
     facts = [("cases", f"{len(whole):,}"), ("patients", f"{len(set(whole.patient_ids)):,}"), ("unseen cases on this page", f"{len(unseen):,}"),
              ("raters a case", _range(whole.present.sum(1))), ("structures", ", ".join(whole.structure_names)),
-             ("image", f"{whole.size[0]} × {whole.size[1]} px of {whole.spacing[0, 0]:.2g} × {whole.spacing[0, 1]:.2g} mm")]
+             ("image", f"{whole.size[0]} × {whole.size[1]} px" + (", size of a pixel not known" if known_spacing(whole, 0) is None
+                       else f" of {whole.spacing[0, 0]:.2g} × {whole.spacing[0, 1]:.2g} mm"))]
     case = showcase(unseen, (0.5,))[0]
     body = text_html(whole.source) + table_html(("what", "how many"), facts, "The cohort")
     if not whole.raters_identified:
@@ -327,7 +334,7 @@ def cohort_section(
                           "and no reader is ranked.", "warning")
     body += "".join(note_html(n, "warning") for n in whole.notes)
     body += picture_html(show_raters(unseen.images[case], unseen.masks[case], unseen.present[case], unseen.rater_names, unseen.structure_names,
-                         None if unseen.truth is None else unseen.truth[case], unseen.spacing[case]))
+                         None if unseen.truth is None else unseen.truth[case], known_spacing(unseen, case)))
     return Section("cohort", "What was marked, and by whom", body)
 
 def _range(counts: Tensor) -> str:
@@ -345,11 +352,12 @@ def disagreement_section(
     case = showcase(unseen, (0.9,))[0]
     body = text_html(f"Two raters of the same case agree to a Dice of {float(agreement.nanmean()):.3f} on average (95 % interval over patients "
                      f"{float(low):.3f} to {float(high):.3f}). A tenth of the cases stays below {float(agreement.nanquantile(0.1)):.2f}.")
-    body += picture_html(show_disagreement_by_size(area.float(), agreement.float(), title="Agreement and size"))
+    unit = "mm²" if known_spacing(whole, 0) is not None else "px²"
+    body += picture_html(show_disagreement_by_size(area.float(), agreement.float(), unit, title="Agreement and size"))
     if whole.raters_identified:
         pairs = pairwise_dice(whole.masks, whole.present).nanmean((0, 3))
         body += picture_html(show_agreement_matrix(pairs, whole.rater_names))
-    body += picture_html(show_votes(unseen.images[case], unseen.masks[case], unseen.present[case], spacing=unseen.spacing[case]))
+    body += picture_html(show_votes(unseen.images[case], unseen.masks[case], unseen.present[case], spacing=known_spacing(unseen, case)))
     return Section("disagreement", "How much they disagree", body)
 
 # %% ../../nbs/explore/42_report.ipynb #export-section-calibration
@@ -374,9 +382,9 @@ def _case_pictures(found: Evidence, i: int) -> str:
     c, r = found.cohort, found.calibration
     truth = None if c.truth is None else c.truth[i]
     pictures = (show_calibration(c.images[i], c.masks[i], r.normalised[i], r.aligned[i], r.pseudo_distance[i], r.pseudo_sd[i], c.present[i], c.rater_names,
-                                            truth, spacing=c.spacing[i]),
+                                            truth, spacing=known_spacing(c, i)),
              show_attention(c.images[i], r.attention[i], c.masks[i], c.present[i], c.rater_names),
-             show_pseudo_truth(c.images[i], r.pseudo_truth[i], r.pseudo_sd[i], truth, spacing=c.spacing[i]))
+             show_pseudo_truth(c.images[i], r.pseudo_truth[i], r.pseudo_sd[i], truth, spacing=known_spacing(c, i)))
     return "".join(map(picture_html, pictures))
 
 # %% ../../nbs/explore/42_report.ipynb #export-section-walk
@@ -531,7 +539,7 @@ figcaption{color:var(--quiet);font-size:.97rem;line-height:1.5;max-width:46rem;m
 .note,.warning{border-left:4px solid var(--accent);background:var(--card);padding:.7rem 1rem;border-radius:0 8px 8px 0}.warning{border-color:var(--bad);background:var(--warn)}
 .scroll{overflow-x:auto;margin:1.25rem 0}table{border-collapse:collapse;font-size:.95rem;line-height:1.4;font-variant-numeric:tabular-nums}
 caption{caption-side:bottom;text-align:left;color:var(--quiet);font-size:.9rem;padding-top:.5rem}
-th,td{padding:.45rem .9rem .45rem 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;overflow-wrap:anywhere;min-width:6rem}
+th,td{padding:.45rem .9rem .45rem 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;min-width:6rem}td{overflow-wrap:anywhere}tbody th{min-width:9rem}
 thead th{border-bottom:2px solid var(--line);color:var(--quiet);font-weight:600}tbody th{font-weight:600}
 tr.wins td:last-child::before{content:"▲ ";color:var(--good)}tr.loses td:last-child::before{content:"▼ ";color:var(--bad)}
 tr.undecided td:last-child::before{content:"● ";color:var(--quiet)}tr.reference td:last-child::before{content:"◆ "}
@@ -601,25 +609,29 @@ def report_cards(
     return cards
 
 # %% ../../nbs/explore/42_report.ipynb #export-write-page
-def write_page(
-    page: str,                # HTML
-    path: str | Path,         # where it goes; folders are made
-) -> Path:                    # the same place, absolute
-    """Write a page so that nobody ever sees half of it: first beside its place, then moved there in one step.
+def write_at_once(
+    path: str | Path,                 # where the file shall be; folders are made
+    write: Callable[[Path], object],  # writes it to the path that it is given
+) -> Path:                            # the same place, absolute
+    """Write a file so that nobody ever sees half of it: first beside its place, then moved there in one step.
 
-    Raises: OSError if it cannot be written; the place is then as it was.
+    Raises: OSError if it cannot be written; the place is then as it was, and nothing lies beside it.
     """
     path = Path(path).expanduser().resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            f.write(page)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        write(part)
+        with part.open("rb+") as f: os.fsync(f.fileno())
+        os.replace(part, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
     return path
+
+def write_page(
+    page: str,                        # HTML
+    path: str | Path,                 # where it goes; folders are made
+) -> Path:                            # the same place, absolute
+    """Write a page in one step. Raises: OSError if it cannot be written; an earlier page then stays."""
+    return write_at_once(path, lambda part: part.write_text(page, encoding="utf-8"))
