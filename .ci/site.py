@@ -104,7 +104,8 @@ def gather() -> list[str]:
     os.chdir(ROOT)  # nbdev looks for its settings from here
     books = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
     troubles = [t for p in books for t in processed(p, SITE / p.relative_to(ROOT))]
-    shutil.copytree(ROOT / "tutorials", SITE / "tutorials", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "_*"))
+    if (ROOT / "tutorials").is_dir():
+        shutil.copytree(ROOT / "tutorials", SITE / "tutorials", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "_*"))
     for name in ("CITATION.cff", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"):
         shutil.copy(ROOT / name, SITE / name)
     (SITE / "_quarto.yml").write_text((ROOT / "_quarto.yml").read_text().replace("nbs/index.ipynb", "index.ipynb"))

@@ -3,12 +3,16 @@ import os
 
 from jaxtyping import install_import_hook
 
-install_import_hook("calidiff_nb", "beartype.beartype").__enter__()  # before anything of the package is imported
+hook = install_import_hook("calidiff_nb", "beartype.beartype")  # before anything of the package is imported
+hook.__enter__()
+
+import shutil  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-os.environ.setdefault("CALIDIFF_FAST", "1")
+os.environ.setdefault("CALIDIFF_FAST", "1")  # tutorials and demos in their small form
+os.environ.setdefault("MPLBACKEND", "Agg")  # no windows
 
 
 def pytest_addoption(parser):
@@ -16,8 +20,13 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    chromium = any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome"))
+    reasons = {
+        "slow": None if config.getoption("--slow") else "takes minutes: run with --slow",
+        "gpu": None if torch.cuda.is_available() else "no GPU here",
+        "browser": None if chromium else "no Chromium here: apt-get install chromium",
+    }
     for item in items:
-        if "slow" in item.keywords and not config.getoption("--slow"):
-            item.add_marker(pytest.mark.skip(reason="takes minutes: run with --slow"))
-        if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="no GPU here"))
+        for marker, reason in reasons.items():
+            if reason and marker in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -122,6 +122,11 @@ def test_split_depends_on_names_and_seed_only():
     assert len({c.split((0.6, 0.4), seed)[0].case_ids for seed in range(6)}) > 1
 
 
+@pytest.mark.parametrize("fractions", [(0.9, 0.05, 0.05), (0.05, 0.9, 0.05), (0.05, 0.05, 0.9)])
+def test_no_part_is_left_without_a_patient(fractions):
+    assert [len(set(p.patient_ids)) for p in cohort(b=6).split(fractions)] == [1, 1, 1]
+
+
 def test_a_part_may_be_left_out():
     half, = cohort(b=40).split((0.5,))
     assert len(set(half.patient_ids)) == 10

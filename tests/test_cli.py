@@ -13,7 +13,20 @@ from PIL import Image
 from test_report import make_evidence
 
 from calidiff_nb.explore import cli, report
-from calidiff_nb.explore.cli import DemoConfig, main, patient_key, read_images, run_demo, sentence_of, table_text, unseen_cases
+from calidiff_nb.explore.cli import (
+    DemoConfig,
+    evidence_of,
+    main,
+    patient_key,
+    read_images,
+    report_demo,
+    run_demo,
+    sentence_of,
+    shipped_weights,
+    table_text,
+    train_model,
+    unseen_cases,
+)
 
 
 class Model:
@@ -194,6 +207,35 @@ def test_demo_cases_are_never_training_cases(monkeypatch):
     cli.simulated_cases(DemoConfig(seed=3))
     cli.training_cohort("simulated", None, 3)
     assert seeds[0][0] == seeds[1][0] and seeds[0][1] != seeds[1][1]
+
+
+TINY = {"widths": (8, 12, 16), "joint_steps": 2, "committee_steps": 1, "batch": 2, "steps": 2, "draws": 1}
+
+
+def test_train_model_for_real(tmp_path):
+    from calidiff_nb.calidiff.model import CaliDiff
+    from calidiff_nb.raters.simulate import make_cohort
+    cohort = make_cohort("balanced", 30, 32, seed=1)
+    model, histories = train_model(cohort, TINY, seed=0, progress=False)
+    model.save(tmp_path / "m.safetensors")
+    again = CaliDiff.from_pretrained(str(tmp_path / "m.safetensors"))
+    left = unseen_cases(cohort, again, 100)
+    assert set(left.patient_ids) == set(cohort.split(seed=0)[2].patient_ids)          # exactly the part that no training saw
+    told = []
+    found = evidence_of(again, left, 2, 0, lambda *x: told.append(x))
+    assert found.segmentation.samples.shape[:2] == (len(left), 2) and told[0][0] == "calibrating cases" and len(histories["joint"].values["loss"]) == 2
+
+
+def test_report_demo_names_data_and_weights(stand_ins, tmp_path):
+    result = report_demo(DemoConfig(out=tmp_path, train=True), stand_ins.cohort, stand_ins, stand_ins)
+    page = result.page.read_text()
+    assert "trained for this page" in page and stand_ins.cohort.content_hash()[:12] in page
+
+
+def test_shipped_weights_can_be_loaded():
+    from calidiff_nb.calidiff.model import CaliDiff
+    for name in shipped_weights():
+        assert CaliDiff.from_pretrained(name).expertness is not None
 
 
 def test_table_text_lines_up():

@@ -17,21 +17,29 @@ from calidiff_nb.explore.report import (
     Provenance,
     Section,
     calibration_report,
+    calibration_section,
     case_agreement,
     cohort_section,
     compare,
     compare_masks,
     compare_probabilities,
+    disagreement_section,
+    expertness_html,
     headline,
+    honesty_section,
     known_spacing,
     note_html,
+    origin_section,
     page_html,
     probabilities,
     provenance,
     reliability_points,
+    segmentation_section,
     showcase,
     table_html,
+    truth_section,
     walk_section,
+    write_at_once,
     write_page,
 )
 from calidiff_nb.raters.cases import Cohort
@@ -266,6 +274,21 @@ def test_millimetres_are_shown_only_where_somebody_measured_them(quick_pictures)
     assert torch.equal(known_spacing(c, 0), c.spacing[0])
     blind = Cohort(**{f: getattr(c, f) for f in c.__dataclass_fields__} | {"spacing": torch.ones(len(c), 2)})
     assert known_spacing(blind, 0) is None and "size of a pixel not known" in cohort_section(blind, blind).body
+
+
+def test_each_section_stands_alone(quick_pictures):
+    found = make_evidence(b=4)
+    sections = [cohort_section(found.cohort, found.cohort), disagreement_section(found.cohort, found.cohort), calibration_section(found), walk_section(found),
+                segmentation_section(found), truth_section(found), honesty_section(), origin_section(make_origin(found))]
+    assert len({s.anchor for s in sections}) == 8 and all(s.title and read(s.body).open == [] for s in sections)
+
+
+def test_no_expertness_where_slots_are_not_persons(quick_pictures):
+    assert "no expertness is reported" in expertness_html(make_evidence(identified=False)) and expertness_html(make_evidence()) == ""
+
+
+def test_write_at_once_takes_any_writer(tmp_path):
+    assert write_at_once(tmp_path / "x.bin", lambda part: part.write_bytes(b"1")).read_bytes() == b"1"
 
 
 def test_walk_section_needs_a_walk():

@@ -6,7 +6,7 @@ import torch
 
 from calidiff_nb.raters.cases import Cohort
 from calidiff_nb.raters.distance import signed_distance
-from calidiff_nb.raters.simulate import REGIMES, Rater, draw_masks, draw_scenes, make_cohort, panel, random_field, rater_marginal, student_cohort
+from calidiff_nb.raters.simulate import REGIMES, Rater, draw_masks, draw_scenes, make_cohort, nested, panel, random_field, rater_marginal, student_cohort
 
 STILL = Rater("still", jitter=0.0)
 
@@ -166,6 +166,13 @@ def test_cup_stays_inside_disc():
     for nested in (c.truth, c.masks.flatten(0, 1)):
         assert (nested[:, 1] <= nested[:, 0]).all()
     assert (c.truth_prob[:, 1] <= c.truth_prob[:, 0] + 1e-6).all()
+
+
+def test_what_sticks_out_of_the_outer_structure_is_cut_off():
+    x = torch.tensor([1.0, 0.2, 0.7]).view(1, 3, 1, 1)
+    assert nested(x).flatten().tolist() == pytest.approx([1.0, 0.2, 0.2])
+    s = draw_scenes(20, structures=2, sd=6.0, generator=seeded(1))             # so rough that a cup would leave its disc
+    assert (s.truth[:, 1] <= s.truth[:, 0]).all()
 
 
 @pytest.mark.parametrize("regime, share", [("missing30", 0.3), ("missing60", 0.6)])

@@ -490,3 +490,25 @@ def test_augment_of_oblong_pictures_and_intensity():
     assert torch.equal(moved.flatten(1).sort(1).values, maps.flatten(1).sort(1).values)
     a, b = (augment(images, maps, torch.Generator().manual_seed(5), 0.1) for _ in range(2))
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def test_live_curve_draws_once_and_then_updates(monkeypatch):
+    import IPython.display
+
+    shown = []
+
+    class Handle:
+        def update(self, figure):
+            shown.append(("update", figure.axes[0].lines[0].get_ydata().tolist()))
+
+    def display(figure, display_id):
+        shown.append(("new", figure.axes[0].lines[0].get_ydata().tolist()))
+        return Handle()
+
+    monkeypatch.setattr(IPython.display, "display", display)
+    draw = training.live_curve(every=0.0)
+    draw(1, {"loss": 3.0}), draw(2, {"loss": 2.0})
+    assert shown == [("new", [3.0]), ("update", [3.0, 2.0])]
+    patient = training.live_curve(every=1e6)
+    patient(1, {"loss": 3.0}), patient(2, {"loss": 2.0})
+    assert len(shown) == 3

@@ -1,4 +1,4 @@
-"""Every tutorial runs from top to bottom in a real kernel, within what it promises."""
+"""Every tutorial runs from top to bottom in a real kernel, within three times what it promises."""
 import re
 from pathlib import Path
 
@@ -11,15 +11,26 @@ ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = sorted(p for p in (ROOT / "tutorials").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 
 
-@pytest.mark.parametrize("path", TUTORIALS, ids=lambda p: p.stem)
-def test_tutorial_runs(path, monkeypatch):
-    monkeypatch.setenv("CALIDIFF_FAST", "1")
-    nb = nbformat.read(path, 4)
-    promise = int(re.search(r"cpu_seconds:\s*(\d+)", nb.cells[0].source)[1])
-    limit = max(60, 3 * promise)  # a kernel alone takes seconds to start on a busy machine
-    nbclient.NotebookClient(nb, timeout=limit, kernel_name="python3", store_widget_state=False, resources={"metadata": {"path": str(path.parent)}}).execute()
-    assert not [o for c in nb.cells for o in c.get("outputs", []) if o["output_type"] == "error"]
+def promise(nb, name):
+    """Seconds that the front matter of a tutorial declares, on two cores."""
+    found = re.search(r"^\W*cpu_seconds\W*:\W*(\d+)", nb.cells[0].source, re.M)
+    assert found, f"{name}: the first cell must declare its time, as in `cpu_seconds: 40`"
+    return int(found[1])
 
 
 def test_there_are_tutorials():
-    assert TUTORIALS
+    assert TUTORIALS, "tutorials/ is empty"
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda p: p.stem)
+def test_tutorial_runs(path, monkeypatch):
+    monkeypatch.setenv("CALIDIFF_FAST", "1")
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # pictures go into the notebook
+    nb = nbformat.read(path, 4)
+    limit = max(60, 3 * promise(nb, path.name))  # a guard against a hang; a kernel alone takes seconds to start
+    client = nbclient.NotebookClient(nb, timeout=limit, startup_timeout=120, kernel_name="python3", store_widget_state=False,
+                                     resources={"metadata": {"path": str(path.parent)}})
+    client.execute()  # an error in a cell is raised here, with the cell
+    assert [c for c in nb.cells if c.cell_type == "code"], f"{path.name} holds no code"
+    noise = [o.text for c in nb.cells for o in c.get("outputs", []) if o.get("name") == "stderr"]
+    assert not noise, f"{path.name} warns or shows a progress bar: {noise[0][:300]}"

@@ -56,6 +56,7 @@ class Theme:
     ink: str     # words, axes, the pseudo-truth on a white page
     quiet: str   # grids, ties, second thoughts
 
+# name of a theme -> its colours
 THEMES = {"light": Theme("#ffffff", "#1b1f24", "#6b7280"), "dark": Theme("#14171c", "#e8eaed", "#9aa3ad")}
 GOOD, BAD = "#0072B2", "#D55E00"   # a win and a loss; always with a shape beside the colour
 
@@ -92,8 +93,7 @@ class Picture(Figure):
         if not isinstance(self.canvas, FigureCanvasAgg): FigureCanvasAgg(self)
         raw, small = io.BytesIO(), io.BytesIO()
         self.savefig(raw, format="png", dpi=dpi, facecolor=self.get_facecolor())
-        colours = 256 if any(ax.images for ax in self.axes) else 64
-        Image.open(raw).convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+        Image.open(raw).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "png", optimize=True)
         return small.getvalue()
 
     def without_words(self) -> "Picture":   # the same picture, title and caption gone from the drawing
@@ -147,7 +147,7 @@ def new_picture(
     size: tuple[float, float] = (6.4, 2.6),  # width and height in inches
     grid: tuple[int, int] = (1, 1),          # rows and columns of panels
     theme: str = "light",   # light or dark
-    **layout,               # further keywords of Figure.subplots, such as width_ratios
+    **layout: object,               # further keywords of Figure.subplots, such as width_ratios
 ) -> tuple[Picture, np.ndarray, Theme]:      # the picture, its axes (rows, columns) and the colours to use
     """Open an empty picture in the house style: title above, takeaway below."""
     look = theme_of(theme)
@@ -321,6 +321,7 @@ def show_votes(
     window = _window(p > 0, margin)
     fig, axes, look = new_picture(title, caption, (6.4, 2.75), (1, 4), theme)
     _paint(axes[0, 0], image, window, spacing, "scan")
+    axes[0, 0].set_anchor("S")
     _scale(axes[0, 0], window, spacing)
     for ax, values, name, unit, colours in zip(axes[0, 1:], (p, entropy, pairs), ("vote", "entropy", "disagreement"),
                                                ("share of raters", "bits", "share of pairs"), ("cividis", "magma", "magma"), strict=True):
@@ -771,6 +772,7 @@ def show_pseudo_truth(
         maps.append((sd, "room to move", "sd of the boundary (px)", "magma", max(float(sd.max()), 1e-6)))
     fig, axes, look = new_picture(title, caption, (6.4, 1.15 + 6.2 / (1 + len(maps))), (1, 1 + len(maps)), theme)
     _paint(axes[0, 0], image, window, spacing, "outline at 50 %")
+    axes[0, 0].set_anchor("S")
     if truth is not None: _outline(axes[0, 0], _array(truth[structure]), 0.5, TRUTH_LINE, 2.6)
     _outline(axes[0, 0], p, 0.5, VERDICT_LINE, 1.8)
     _scale(axes[0, 0], window, spacing)

@@ -10,7 +10,6 @@ import math
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
-from torch.nn import functional as F
 
 # %% ../../nbs/raters/00_distance.ipynb #export-nearest
 def _squared_to_nearest(

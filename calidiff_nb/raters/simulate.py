@@ -255,7 +255,7 @@ _PAIR = (Rater("over +3 px", offset=3.0, jitter=0.9, offset_sd=0.4, group="pair"
 _STEADY = (Rater("over +3 px", offset=3.0, jitter=0.45, offset_sd=0.25), Rater("over +2.5 px", offset=2.5, jitter=0.45, offset_sd=0.25))
 _BALANCED = (Rater("under -2 px", offset=-2.0, jitter=0.6, offset_sd=0.6), Rater("over +2 px", offset=2.0, jitter=0.6, offset_sd=0.6), Rater("shifted, smooth", shift=(2.0, 1.0), smoothing=2.0, jitter=0.6), _CARELESS)
 
-REGIMES: dict[str, tuple[Rater, ...]] = {
+REGIMES: dict[str, tuple[Rater, ...]] = {  # who sits on the panel, by the name of the question it asks
     "balanced": _BALANCED,
     "together": (*_PAIR, _ACCURATE, _CARELESS),
     "unequal": tuple(Rater(f"noise {s:g} px", jitter=s, offset_sd=max(0.25, 0.4 * s)) for s in (0.4, 1.0, 2.0, 3.0)),
