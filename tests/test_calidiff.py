@@ -39,7 +39,7 @@ def test_every_panel_goes_through(regime):
     assert said.samples.shape == (5, 5, k, 64, 64) and said.per_rater.shape[1] == r
 
 
-@pytest.mark.parametrize("raters", range(1, 9))
+@pytest.mark.parametrize("raters", [1, 2, 3, 8])
 def test_any_number_of_strangers(model, raters):
     panel = [dataclasses.replace(REGIMES["unequal"][i % 4], name=f"r{i}") for i in range(raters)]
     found = model.calibrate(make_cohort(panel, 4, seed=3))
@@ -170,7 +170,7 @@ def test_a_short_training_learns():
     """From the image alone, after a minute: far better than an untrained network, and the loss has fallen."""
     cohort = make_cohort("unequal", 160, seed=11)
     train, valid, test = cohort.split((0.7, 0.15, 0.15))
-    model = CaliDiff.for_cohort(train, CaliDiffConfig(widths=(16, 24, 32), joint_steps=120, committee_steps=0, consensus=False, batch=8))
+    model = CaliDiff.for_cohort(train, CaliDiffConfig(widths=(16, 24, 32), joint_steps=100, committee_steps=0, consensus=False, batch=8))
     history = model.fit(train, valid, progress=False)["joint"].values["loss"]
     assert sum(history[-10:]) < 0.4 * sum(history[:10])
     said = model.segment(test.images, n=1)

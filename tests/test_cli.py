@@ -209,7 +209,7 @@ def test_demo_cases_are_never_training_cases(monkeypatch):
     assert seeds[0][0] == seeds[1][0] and seeds[0][1] != seeds[1][1]
 
 
-TINY = {"widths": (8, 12, 16), "joint_steps": 2, "committee_steps": 1, "batch": 2, "steps": 2, "draws": 1}
+TINY = {"widths": (8, 16, 24), "joint_steps": 2, "committee_steps": 1, "batch": 2, "steps": 2, "draws": 1}
 
 
 def test_train_model_for_real(tmp_path):
@@ -224,6 +224,22 @@ def test_train_model_for_real(tmp_path):
     told = []
     found = evidence_of(again, left, 2, 0, lambda *x: told.append(x))
     assert found.segmentation.samples.shape[:2] == (len(left), 2) and told[0][0] == "calibrating cases" and len(histories["joint"].values["loss"]) == 2
+
+
+def test_weights_meet_strange_scans(stand_ins, tmp_path):
+    main(["demo", "--out", str(tmp_path), "--data", str(tmp_path)])
+    assert "have never seen scans like these" in (tmp_path / "index.html").read_text()
+    main(["demo", "--out", str(tmp_path), "--data", str(tmp_path), "--train"])
+    assert "have never seen scans like these" not in (tmp_path / "index.html").read_text()
+
+
+def test_bars_count_stages(capsys):
+    bars = cli.Bars(stages=2)
+    for step in (("reading", 0, 0), ("calibrating", 1, 2), ("calibrating", 2, 2)):
+        bars(*step)
+    bars.close()
+    err = capsys.readouterr().err
+    assert "[1/2] reading" in err and "[2/2] calibrating" in err and "2/2" in err
 
 
 def test_report_demo_names_data_and_weights(stand_ins, tmp_path):

@@ -199,6 +199,8 @@ def test_denoiser_is_the_folded_forward():
     features = net.encode(image)
     folded = net.denoiser(features, tokens)(x_t.flatten(0, 1), t.flatten())
     assert torch.equal(folded, net(x_t, t, features, tokens).distance.clamp(-1, 1).flatten(0, 1))
+    far = net.denoiser(features, tokens)(100 * x_t.flatten(0, 1), t.flatten())
+    assert net(100 * x_t, t, features, tokens).distance.abs().max() > 1 and far.abs().max() <= 1
 
 
 def test_every_weight_learns():

@@ -163,8 +163,8 @@ def test_same_seed_same_scenes_whoever_looks_at_them():
 def test_cup_stays_inside_disc():
     c = make_cohort("two_structures", 30, seed=2)
     assert c.structure_names == ("disc", "cup")
-    for nested in (c.truth, c.masks.flatten(0, 1)):
-        assert (nested[:, 1] <= nested[:, 0]).all()
+    for masks in (c.truth, c.masks.flatten(0, 1)):
+        assert (masks[:, 1] <= masks[:, 0]).all()
     assert (c.truth_prob[:, 1] <= c.truth_prob[:, 0] + 1e-6).all()
 
 

@@ -151,6 +151,9 @@ def test_two_halves_make_one_step():
         turn.append(step)
         return {"loss": (model(data[:8] if len(turn) % 2 else data[8:]) - 1).square().mean()}
 
+    Run(whole, replace(SHORT, clip=0.0)).advance(full), Run(halves, replace(SHORT, accumulate=2, clip=0.0)).advance(half)
+    assert torch.allclose(whole.weight.grad, halves.weight.grad, atol=1e-6)
+    turn.clear()
     a, b = fit(whole, full, SHORT, progress=False), fit(halves, half, replace(SHORT, accumulate=2), progress=False)
     assert torch.allclose(whole.weight, halves.weight, atol=1e-5) and len(turn) == 48
     assert a.values["loss"] == pytest.approx(b.values["loss"], abs=1e-4)

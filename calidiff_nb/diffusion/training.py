@@ -212,7 +212,7 @@ def write_whole(
     os.replace(temporary, path)
 
 # %% ../../nbs/diffusion/14_training.ipynb #export-checkpoint
-FORMAT = "calidiff_nb checkpoint 1"
+FORMAT = "calidiff_nb checkpoint 1"  # first thing in every checkpoint; the number rises when its content changes
 
 
 def save_checkpoint(

@@ -333,7 +333,7 @@ def show_votes(
 def _doubt_sentence(p: np.ndarray) -> str:
     marked, doubt = (p > 0).sum(), ((p > 0) & (p < 1)).sum()
     if marked == 0: return "All raters left this image empty: no vote, no doubt."
-    return f"Of {marked} marked pixels, {doubt} ({_percent(doubt / marked)}) are disputed; they lie along the rim."
+    return f"Of {marked} marked pixels, {doubt} ({_percent(doubt / marked)}) are disputed."
 
 # %% ../../nbs/explore/40_figures.ipynb #export-show-agreement-matrix
 def show_agreement_matrix(
@@ -381,7 +381,7 @@ def show_disagreement_by_size(
     unit: str = "mm²",                   # unit of the size
     measure: str = "pairwise Dice",      # what the agreement is
     bands: int = 5,                      # equally full bands of size for the medians
-    title: str = "Small lesions, large quarrels",  # heading
+    title: str = "Agreement and size",  # heading
     caption: str | None = None,          # None: a sentence computed from the numbers
     theme: str = "light",                # light or dark
 ) -> Picture:
@@ -1012,9 +1012,9 @@ def data_uri(
 # %% ../../nbs/explore/40_figures.ipynb #export-player-style
 _PLAYER_STYLE = """<style>
 .calidiff-player{--ink:#1b1f24;--page:#fff;--line:#c9ced6;--accent:#0072B2;font:15px/1.4 system-ui,sans-serif;color:var(--ink);background:var(--page);
- border:1px solid var(--line);border-radius:10px;padding:12px;max-width:760px;margin:0}
+ border:1px solid var(--line);border-radius:10px;padding:12px;width:fit-content;min-width:min(100%,26rem);max-width:100%;box-sizing:border-box;margin:0}
 .calidiff-player[data-theme=dark]{--ink:#e8eaed;--page:#14171c;--line:#3a414c;--accent:#56B4E9}
-.calidiff-player img{display:block;width:100%;height:auto;image-rendering:auto}
+.calidiff-player img{display:block;max-width:100%;height:auto;margin:auto}
 .calidiff-player .bar{display:flex;gap:10px;align-items:center;margin-top:8px}
 .calidiff-player button{font:inherit;color:var(--ink);background:transparent;border:1px solid var(--line);border-radius:8px;padding:6px 12px;min-width:86px;cursor:pointer}
 .calidiff-player button:focus-visible,.calidiff-player input:focus-visible{outline:3px solid var(--accent);outline-offset:2px}

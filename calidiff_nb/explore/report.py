@@ -327,7 +327,7 @@ def disagreement_section(
     body = text_html(f"Two raters of the same case agree to a Dice of {float(agreement.nanmean()):.3f} on average (95 % interval over patients "
                      f"{float(low):.3f} to {float(high):.3f}). A tenth of the cases stays below {float(agreement.nanquantile(0.1)):.2f}.")
     unit = "mm²" if known_spacing(whole, 0) is not None else "px²"
-    body += picture_html(show_disagreement_by_size(area.float(), agreement.float(), unit, title="Agreement and size"))
+    body += picture_html(show_disagreement_by_size(area.float(), agreement.float(), unit))
     if whole.raters_identified:
         pairs = pairwise_dice(whole.masks, whole.present).nanmean((0, 3))
         body += picture_html(show_agreement_matrix(pairs, whole.rater_names))

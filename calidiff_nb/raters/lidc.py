@@ -470,7 +470,7 @@ def draw_cases(
     """Cut the cases out of the scans, and say what does not fit."""
     kept, large, empty = [], 0, 0
     for nodule in nodules:
-        shift = np.random.default_rng((seed, nodule[0].id)).normal(0, off_centre, 2)
+        shift = np.random.default_rng((seed, nodule[0].id)).normal(0, off_centre, 2).tolist()
         found = []
         for z in choose_slices(nodule, slices):
             masks = crop_masks(nodule, z, size, mm_per_pixel, shift)
