@@ -160,7 +160,7 @@ def setup() -> None:
         STAMP.write_text(f"{ROOT}\n")  # begun; a half-finished set-up is known by this
         outside = shares_site() and usable_torch(PYTHON)
         chosen = constraints(outside)
-        say("set-up 2/4: torch" + (" is there" if outside else " (the largest part: up to a minute, more on a slow line)"))
+        say("set-up 2/4: torch" + (" is there" if usable_torch(PYTHON) else " (the largest part: up to a minute, more on a slow line)"))
         if not outside:
             pip("-c", str(chosen), "torch")
         say("set-up 3/4: calidiff_nb and what notebooks, tests and site need")
