@@ -99,7 +99,7 @@ class Trajectory:
 # %% ../../nbs/diffusion/13_samplers.ipynb #export-step-extras
 def step_extras(
     step: Callable[..., Tensor],  # a step function, or functools.partial of one
-    **offered,  # generator, earlier, denoiser: what `sample` has at hand
+    **offered: object,  # generator, earlier, denoiser: what `sample` has at hand
 ) -> dict:  # the part of it that this step asks for by name
     """Give each step function what it wants: noise for DDPM, the last guess for DPM-Solver++, the denoiser for Heun."""
     wanted, bound = inspect.signature(step).parameters, getattr(step, "keywords", {})

@@ -182,8 +182,8 @@ def to_diffusers(
     schedule: NoiseSchedule,  # the table to hand over
     kind: str = "ddim",  # "ddim", "ddpm", "dpm" (DPM-Solver++(2M)), or the name of any scheduler class of diffusers that takes trained_betas
     exact: bool = False,  # True: replace their float32 tables by our float64 ones
-    **settings,  # passed on to the class, e.g. timestep_spacing="trailing"
-):
+    **settings: object,  # passed on to the class, e.g. timestep_spacing="trailing"
+) -> object:  # a scheduler of diffusers
     """Build the diffusers scheduler that walks on this table, for networks that predict x_0.
 
     Raises: ImportError if diffusers is missing; ValueError if it has no such scheduler.

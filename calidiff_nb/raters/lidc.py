@@ -35,6 +35,7 @@ from .cases import Cohort
 from .distance import signed_distance
 
 # %% ../../nbs/raters/02_lidc.ipynb #export-database
+# the nine ratings of a reading, in the order of the database; 1 to 5 or 6
 RATINGS = ("subtlety", "internalStructure", "calcification", "sphericity", "margin", "lobulation", "spiculation", "texture", "malignancy")
 
 
