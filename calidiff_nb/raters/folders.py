@@ -23,6 +23,7 @@ from torch import Tensor
 from .cases import Cohort
 
 # %% ../../nbs/raters/03_folders.ipynb #export-read
+# what is read as a picture or an array
 ENDINGS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp", ".gif", ".npy")
 
 
