@@ -226,6 +226,25 @@ def test_train_model_for_real(tmp_path):
     assert found.segmentation.samples.shape[:2] == (len(left), 2) and told[0][0] == "calibrating cases" and len(histories["joint"].values["loss"]) == 2
 
 
+def test_a_damaged_cache_is_made_again(tmp_path, monkeypatch):
+    from calidiff_nb.raters.simulate import make_cohort
+    monkeypatch.setenv("CALIDIFF_CACHE", str(tmp_path / "deep"))
+    first = cli.remembered("x", make_cohort, regime="missing30", n=3, size=32)
+    place, = (tmp_path / "deep").iterdir()
+    again = cli.remembered("x", make_cohort, regime="missing30", n=3, size=32)
+    assert again.content_hash() == first.content_hash() and again.summary() == first.summary()
+    place.write_bytes(b"broken")
+    assert cli.remembered("x", make_cohort, regime="missing30", n=3, size=32).content_hash() == first.content_hash()
+    assert cli.remembered("x", make_cohort, regime="missing30", n=2, size=32).content_hash() != first.content_hash()
+
+
+def test_no_place_for_a_cache_is_no_reason_to_stop(tmp_path, monkeypatch):
+    from calidiff_nb.raters.simulate import make_cohort
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CALIDIFF_CACHE", str(tmp_path / "file"))
+    assert len(cli.remembered("x", make_cohort, regime="balanced", n=2, size=32)) == 2
+
+
 def test_weights_meet_strange_scans(stand_ins, tmp_path):
     main(["demo", "--out", str(tmp_path), "--data", str(tmp_path)])
     assert "have never seen scans like these" in (tmp_path / "index.html").read_text()

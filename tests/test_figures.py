@@ -209,6 +209,17 @@ def test_benchmark_shows_wins_and_losses_by_shape_too():
     assert "Up beats base" in picture.caption and "down falls behind" in picture.caption
 
 
+def test_nobody_is_believed_most_without_a_lead():
+    c = case(r=3)
+    even = torch.full((4, 1, SIZE, SIZE), 0.25)
+    picture = F.show_attention(c["image"], even, c["masks"])
+    assert "trusted alike (25\u00a0% each)" in picture.caption and not picture.axes[4].texts
+    even[1] += 0.1
+    even[0] -= 0.1
+    picture = F.show_attention(c["image"], even, c["masks"])
+    assert "most trust goes to rater B" in picture.caption and [t.get_text() for t in picture.axes[4].texts] == ["B"]
+
+
 def test_filmstrip_keeps_the_ends():
     picture = F.filmstrip(torch.randn(30, 8, 8), [f"{i}" for i in range(30)], most=5)
     titles = [ax.get_title() for ax in picture.axes]

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['Progress', 'REGIME', 'PRESETS', 'FOREIGN', 'PICTURES', 'EXTRAS', 'MENDS', 'COMMANDS', 'Job', 'KNOWN', 'DemoConfig',
-           'DemoResult', 'silent', 'Bars', 'demo_cohort', 'unseen_cases', 'patient_key', 'training_cohort',
-           'train_model', 'evidence_of', 'run_demo', 'demo_model', 'simulated_cases', 'report_demo', 'table_text',
-           'demo', 'TrainJob', 'train', 'CalibrateJob', 'calibrate', 'save_arrays', 'read_images', 'SegmentJob',
-           'segment', 'save_mask', 'CheckJob', 'check', 'DoctorJob', 'missing_extras', 'conv_speed', 'doctor',
-           'diagnosis', 'shipped_weights', 'sentence_of', 'main']
+           'DemoResult', 'silent', 'Bars', 'demo_cohort', 'cache_folder', 'remembered', 'unseen_cases', 'patient_key',
+           'training_cohort', 'train_model', 'evidence_of', 'run_demo', 'demo_model', 'simulated_cases', 'report_demo',
+           'table_text', 'demo', 'TrainJob', 'train', 'CalibrateJob', 'calibrate', 'save_arrays', 'read_images',
+           'SegmentJob', 'segment', 'save_mask', 'CheckJob', 'check', 'DoctorJob', 'missing_extras', 'conv_speed',
+           'doctor', 'diagnosis', 'shipped_weights', 'sentence_of', 'main']
 
 # %% ../../nbs/explore/43_cli.ipynb #parents
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -37,8 +38,8 @@ class DemoConfig:
     out: Path = Path("demo-report") # folder for index.html
     train: bool = False             # train the networks here instead of taking the weights in the package
     quick: bool = False             # fewer cases and a shorter training: to see that everything works
-    cases: int = 120                # unseen cases to calibrate at most
-    simulated: int = 120            # simulated cases with a known truth
+    cases: int = 60                 # unseen cases to calibrate at most
+    simulated: int = 100            # simulated cases with a known truth
     samples: int = 16               # samples for each scan
     seed: int = 0                   # of everything random
 
@@ -103,7 +104,33 @@ def demo_cohort(
     from calidiff_nb.raters.folders import load_cohort
     from calidiff_nb.raters.lidc import lidc_cohort
     if data is not None: return load_cohort(data)
-    return lidc_cohort(limit=240 if quick else None)
+    limit = 240 if quick else None
+    return remembered(f"lidc-{limit or 'all'}", lidc_cohort, limit=limit)
+
+def cache_folder() -> Path:  # CALIDIFF_CACHE, else the user's cache
+    """Say where slow things that can be made again are kept."""
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "calidiff_nb"
+    return Path(os.environ.get("CALIDIFF_CACHE") or usual)
+
+def remembered(
+    name: str,               # of the file
+    make: Callable[..., Any],# makes a Cohort
+    **settings: object,      # what it is called with
+) -> Any:                    # the Cohort, equal to the bit whether made or read
+    """Make a cohort once for each version of the code that makes it, and read it from the cache afterwards."""
+    from calidiff_nb.diffusion.training import load_weights, save_weights
+    from calidiff_nb.raters.cases import Cohort
+    code = hashlib.sha256(Path(sys.modules[make.__module__].__file__).read_bytes() + repr(settings).encode()).hexdigest()[:12]
+    path = cache_folder() / f"{name}-{code}.safetensors"
+    with contextlib.suppress(ValueError, OSError, TypeError):   # not there, or damaged: it is made again
+        tensors, plain = load_weights(path)
+        return Cohort(**tensors, **{key: tuple(v) if isinstance(v, list) else v for key, v in plain.items()})
+    cohort = make(**settings)
+    held = {f.name: getattr(cohort, f.name) for f in dataclasses.fields(cohort)}
+    tensors = {key: v for key, v in held.items() if hasattr(v, "dtype")}
+    with contextlib.suppress(OSError):                          # no place for a cache is no reason to stop
+        save_weights(tensors, path, {key: v for key, v in held.items() if v is not None and key not in tensors})
+    return cohort
 
 def unseen_cases(
     cohort: Any,              # a Cohort
@@ -125,7 +152,6 @@ def patient_key(
     patient: str,        # a patient's name in the data
 ) -> str:                # 8 hexadecimal digits
     """Name a patient without naming him, so that weights can say whom they have seen."""
-    import hashlib
     return hashlib.sha256(patient.encode()).hexdigest()[:8]
 
 # %% ../../nbs/explore/43_cli.ipynb #export-presets
@@ -169,6 +195,7 @@ def evidence_of(
     seed: int,           # of samples and walk
     progress: Progress,  # told how far it is
     name: str = "cases", # what they are called in the progress
+    sampler: str = "diffusion",   # or "levels": all samples from one call
 ) -> Any:                       # Evidence
     """Let a model calibrate the annotations, segment the images alone, and walk one sample back from noise."""
     import torch
@@ -177,7 +204,7 @@ def evidence_of(
     g = torch.Generator().manual_seed(seed)
     result = model.calibrate(cohort, on_batch=lambda done, of: progress(f"calibrating {name}", done, of))
     progress(f"segmenting {name} from the image alone", 0, 0)
-    said = model.segment(cohort.images, n=samples, generator=g)
+    said = model.segment(cohort.images, n=samples, sampler=sampler, generator=g)
     case = showcase(cohort, (0.5,))[0]
     return Evidence(cohort, result, said, model.trajectory(cohort.images[case], steps=10, generator=g), case)
 
@@ -199,12 +226,12 @@ def run_demo(
     unseen = unseen_cases(whole, models["demo"], config.cases)
     found = evidence_of(models["demo"], unseen, config.samples, config.seed, progress, "unseen cases")
     drawn = simulated_cases(config)
-    simulated = evidence_of(models["simulated"], drawn, config.samples, config.seed, progress, "simulated cases")
+    simulated = evidence_of(models["simulated"], drawn, config.samples, config.seed, progress, "simulated cases", "levels")
     progress("writing the page", 0, 0)
     return report_demo(config, whole, found, simulated)
 
 # said where weights meet scans of another kind
-FOREIGN = ("The networks were trained on rendered CT and have never seen scans like these, so what they say of an image is a guess; `--train` trains them here, on your data.")
+FOREIGN = ("The networks were trained on rendered CT and have never seen scans like these, so what they say of an image is a guess; with --train they learn here, on your data.")
 
 def demo_model(
     kind: str,             # demo or simulated
@@ -250,7 +277,7 @@ def table_text(
     marks = {"wins": "▲ wins", "loses": "▼ loses", "undecided": "● undecided", "reference": "◆ reference"}
     wide = max(len(n) for n in found.names)
     head = f"{found.measure}, 95 % intervals over patients, verdict against {found.reference}"
-    rows = [f"  {n:<{wide}}  {float(m):6.3f}  [{float(a):.3f}, {float(b):.3f}]  {float(d):+.3f}  {marks[v]}"
+    rows = [f"  {n:<{wide}}  {float(m):6.3f}  [{float(a):.3f}, {float(b):.3f}]  {'     –' if v == 'reference' else format(float(d), '+.3f')}  {marks[v]}"
             for n, m, a, b, d, v in zip(found.names, found.mean, found.low, found.high, found.difference, found.verdicts(), strict=True)]
     return "\n".join([head, *rows])
 

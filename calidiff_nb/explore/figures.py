@@ -78,6 +78,7 @@ class Picture(Figure):
     words_height: float = 0.0  # inches that the caption takes at the foot
     keys_height: float = 0.0   # inches that the legend takes above it
     look: Theme = THEMES["light"]  # page and ink
+    stands: bool = False       # has the layout been computed?
 
     @property
     def alt(self) -> str:      # title and takeaway
@@ -93,7 +94,8 @@ class Picture(Figure):
         if not isinstance(self.canvas, FigureCanvasAgg): FigureCanvasAgg(self)
         raw, small = io.BytesIO(), io.BytesIO()
         self.savefig(raw, format="png", dpi=dpi, facecolor=self.get_facecolor())
-        Image.open(raw).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+        self.stands = True
+        Image.open(raw).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "png", compress_level=6)
         return small.getvalue()
 
     def without_words(self) -> "Picture":   # the same picture, title and caption gone from the drawing
@@ -111,7 +113,9 @@ class Picture(Figure):
     ) -> "Picture":            # the same picture, page and ink changed; cheaper than drawing it anew
         """Change page and ink of a picture that stands."""
         new = theme_of(theme)
-        if self.get_layout_engine() is not None: self.draw_without_rendering(); self.set_layout_engine("none")
+        if new is self.look: return self
+        if not self.stands: self.draw_without_rendering()
+        self.set_layout_engine("none")   # all is in its place; it need not be found again
         inks = {to_rgb(self.look.ink): new.ink, to_rgb(self.look.quiet): new.quiet}
         pages = {to_rgb(self.look.page): new.page}
         for artist in self.findobj(): _recolour(artist, inks, pages)
@@ -120,7 +124,7 @@ class Picture(Figure):
         return self
 
     def _arrange(self) -> None:
-        height = self.get_figheight()
+        height, self.stands = self.get_figheight(), False
         for legend in self.legends:
             if self.keys_height: legend.set_bbox_to_anchor((0, self.words_height / height))
         floor = (self.words_height + self.keys_height) / height
@@ -176,8 +180,9 @@ def _legend(ax, look: Theme, handles: list, loc: str, **keywords) -> None:
     ax.legend(handles=handles, loc=loc, frameon=False, fontsize=8, labelcolor=look.ink, **({"handlelength": 3.0} | keywords))
 
 def _footer(fig: Picture, look: Theme, handles: list, columns: int) -> None:
-    widest = 0.62 + 0.072 * max(len(handle.get_label()) for handle in handles)
-    columns = max(1, min(columns, len(handles), int(fig.get_figwidth() / widest)))
+    lengths = [0.56 + 0.065 * len(handle.get_label()) for handle in handles]   # inches that each entry takes, about
+    fits = len(handles) if sum(lengths) < fig.get_figwidth() else int(fig.get_figwidth() / (max(lengths) + 0.12))
+    columns = max(1, min(columns, len(handles), fits))
     byrow = [handle for c in range(columns) for handle in handles[c::columns]]   # matplotlib fills column by column
     fig.legend(handles=byrow, loc="lower left", bbox_to_anchor=(0, 0), ncols=columns, columnspacing=1.4, borderaxespad=0.1,
                frameon=False, fontsize=8, labelcolor=look.ink, handlelength=3.0)
@@ -462,10 +467,10 @@ def filmstrip(
         ax.set_title(labels[i] if labels is not None else f"state {i}", fontsize=8, pad=3)
     return fig
 
-def _still(ax, field: np.ndarray, distance: bool, reach: float) -> None:
+def _still(ax, field: np.ndarray, distance: bool, reach: float, outlined: bool = True) -> None:
     limits = (-reach, reach) if distance else (0, 1)
     ax.imshow(field, cmap=DISTANCE_MAP if distance else "gray", vmin=limits[0], vmax=limits[1], interpolation="nearest")
-    if distance and field.min() < 0 < field.max() and _is_smooth(field): ax.contour(field, levels=[0.0], colors=["black"], linewidths=1.2)
+    if outlined and distance and field.min() < 0 < field.max() and _is_smooth(field): ax.contour(field, levels=[0.0], colors=["black"], linewidths=1.2)
     h, w = field.shape
     _frame(ax, (-0.5, w - 0.5, h - 0.5, -0.5), None)
 
@@ -526,7 +531,7 @@ def show_step(
     change = (prediction if following is None else following) - state
     fig, axes, look = new_picture(title, caption, (6.4, 2.35 if caption else 2.2), (1, 4), theme)
     for ax, field, word in zip(axes[0], (state, prediction, change), (f"state $x_t$  {label}", "predicted $x_0$", "what the step changes"), strict=False):
-        _still(ax, _array(field), True, reach)
+        _still(ax, _array(field), True, reach, outlined=field is not change)
         ax.set_title(word, fontsize=8.5, pad=3)
     _belief(axes[0, 3], _array(prediction), image, reach)
     axes[0, 3].set_title("predicted outline", fontsize=8.5, pad=3)
@@ -698,6 +703,7 @@ def show_attention(
     names: Sequence[str] | None = None,    # the raters' names
     structure: int = 0,                    # which structure
     margin: int | None = 6,                # px kept around what anybody marked; None: whole image
+    lead: float = 0.02,                    # by how much a member must lead to count as believed most
     title: str = "Whom did the committee believe here?",  # heading
     caption: str | None = None,            # None: a sentence computed from the weights
     theme: str = "light",                  # light or dark
@@ -708,21 +714,23 @@ def show_attention(
     marks = _array(masks)[:, structure] if masks is not None else None
     members = [r for r in range(n) if here[r]] + [n]
     window = _window(marks.any(0) if marks is not None else np.zeros(image.shape[1:]), margin)
-    if caption is None: caption = _belief_sentence(weights, members, [*names, "the image"], marks)
+    if caption is None: caption = _belief_sentence(weights, members, [*names, "the image"], marks, lead)
     fig, axes, look = new_picture(title, caption, (6.4, 1.2 + 6.4 / (len(members) + 1)), (1, len(members) + 1), theme)
     for ax, r in zip(axes[0], members, strict=False):
         shown = ax.imshow(weights[r], cmap="cividis", vmin=0, vmax=weights[members].max(), interpolation="nearest")
         _frame(ax, window, None, "image" if r == n else names[r])
         if r < n and marks is not None: _outline(ax, marks[r], 0.5, rater_style(r), 1.3)
-    _territories(axes[0, -1], image, weights, members, names, window, look)
+    _territories(axes[0, -1], image, weights, members, names, window, lead)
     bar = fig.colorbar(shown, ax=axes[0].tolist(), location="bottom", shrink=0.5, pad=0.03, aspect=40)
     _dress_bar(bar, "weight (share of the trust)", look)
     return fig
 
-def _territories(ax, image: Tensor, weights: np.ndarray, members: list[int], names: list[str], window: tuple, look: Theme) -> None:
+def _territories(ax, image: Tensor, weights: np.ndarray, members: list[int], names: list[str], window: tuple, lead: float) -> None:
     n = len(names)
     _paint(ax, image, window, None, "believed most")
-    winner = np.array(members)[weights[members].argmax(0)]
+    ranked = np.sort(weights[members], axis=0)
+    clear = ranked[-1] - ranked[-2] >= lead if len(members) > 1 else np.ones(ranked[-1].shape, bool)
+    winner = np.where(clear, np.array(members)[weights[members].argmax(0)], -1)   # -1: nobody leads
     left, right, bottom, top = window
     ys, xs = np.mgrid[0:winner.shape[0], 0:winner.shape[1]]
     visible = (xs > left) & (xs < right) & (ys > top) & (ys < bottom)
@@ -739,12 +747,15 @@ def _heart(region: np.ndarray) -> tuple[float, float]:
     y, x = where[np.abs(where - np.median(where, 0)).sum(1).argmin()]
     return float(y), float(x)
 
-def _belief_sentence(weights: np.ndarray, members: list[int], names: list[str], marks: np.ndarray | None) -> str:
+def _belief_sentence(weights: np.ndarray, members: list[int], names: list[str], marks: np.ndarray | None, lead: float) -> str:
     disputed = None if marks is None else marks.any(0) & ~marks[[m for m in members if m < len(marks)]].all(0)
     where = disputed if disputed is not None and disputed.any() else np.ones(weights.shape[1:], bool)
     mean = {r: weights[r][where].mean() for r in members}
     top = max(mean, key=mean.get)
     place = "Where the raters differ" if where is disputed else "Over the whole image"
+    people = [mean[r] for r in members[:-1]]
+    if len(people) > 1 and max(people) - min(people) < lead and top != members[-1]:
+        return f"{place}, the raters are trusted alike ({_percent(sum(people) / len(people))} each), and {_percent(mean[members[-1]])} goes to the image itself."
     rest = "" if top == members[-1] else f", {_percent(mean[members[-1]])} to the image itself"
     return f"{place}, most trust goes to {names[top]} ({_percent(mean[top])} on average){rest}."
 
@@ -770,7 +781,7 @@ def show_pseudo_truth(
     if distance_sd is not None and distance_sd.ndim == 3:
         sd = _array(distance_sd[structure])
         maps.append((sd, "room to move", "sd of the boundary (px)", "magma", max(float(sd.max()), 1e-6)))
-    fig, axes, look = new_picture(title, caption, (6.4, 1.15 + 6.2 / (1 + len(maps))), (1, 1 + len(maps)), theme)
+    fig, axes, look = new_picture(title, caption, (6.4, 1.5 + 6.2 / (1 + len(maps))), (1, 1 + len(maps)), theme)
     _paint(axes[0, 0], image, window, spacing, "outline at 50 %")
     axes[0, 0].set_anchor("S")
     if truth is not None: _outline(axes[0, 0], _array(truth[structure]), 0.5, TRUTH_LINE, 2.6)
@@ -808,7 +819,7 @@ def show_reliability(
     fig, axes, look = new_picture(title, caption, (5.6, 3.7), (2, 1), theme, height_ratios=(3, 1), sharex=True)
     ax, below = axes[:, 0]
     ax.plot([0, 1], [0, 1], color=look.quiet, linewidth=1, linestyle=(0, (3, 2)))
-    ax.text(0.03, 0.09, "honest", color=look.quiet, fontsize=7.5, rotation=33)
+    ax.text(0.86, 0.76, "honest", color=look.quiet, fontsize=7.5, rotation=33)
     for i, name in enumerate(names):
         keep = np.isfinite(x[i]) & np.isfinite(y[i]) & (n[i] > 0)
         bars = None if low is None or high is None else np.clip([y[i] - _array(low)[i], _array(high)[i] - y[i]], 0, None)[:, keep]
@@ -817,7 +828,7 @@ def show_reliability(
     ax.set(ylabel="observed frequency", ylim=(-0.03, 1.03), xlim=(-0.03, 1.03))
     below.set(xlabel="predicted probability", ylabel="pixels")
     if np.nanmax(n, initial=0) > 0: below.set_yscale("log")
-    if len(names): _legend(ax, look, ax.get_legend_handles_labels()[0], "lower right")
+    if len(names): _legend(ax, look, ax.get_legend_handles_labels()[0], "upper left")
     return fig
 
 def _gap_sentence(x: np.ndarray, y: np.ndarray, n: np.ndarray, names: Sequence[str]) -> str:
@@ -1020,7 +1031,7 @@ _PLAYER_STYLE = """<style>
 .calidiff-player button:focus-visible,.calidiff-player input:focus-visible{outline:3px solid var(--accent);outline-offset:2px}
 .calidiff-player input{flex:1;accent-color:var(--accent);min-width:80px;height:28px}
 .calidiff-player output{min-width:8ch;text-align:right;font-variant-numeric:tabular-nums}
-.calidiff-player figcaption{margin-top:8px}
+.calidiff-player figcaption{margin-top:8px;color:inherit}
 </style>"""
 
 _PLAYER_SCRIPT = """<script>
