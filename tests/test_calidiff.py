@@ -7,7 +7,7 @@ import torch
 from calidiff_nb.calidiff.expertness import expertness, frame_weights, split_covariance
 from calidiff_nb.calidiff.fusion import fuse
 from calidiff_nb.calidiff.inverse import unfold_raters
-from calidiff_nb.calidiff.model import CaliDiff, CaliDiffConfig
+from calidiff_nb.calidiff.model import CaliDiff, CaliDiffConfig, gather, judge
 from calidiff_nb.raters.cases import Cohort
 from calidiff_nb.raters.metrics import dice
 from calidiff_nb.raters.simulate import REGIMES, make_cohort
@@ -54,15 +54,18 @@ def test_other_sizes(model, size):
     assert model.segment(cohort.images, n=2).consensus.shape[-1] == size
 
 
-def test_a_missing_rater_is_that_rater_removed(model):
+def test_what_stands_in_a_missing_raters_slot_is_never_read(model):
     cohort = make_cohort("balanced", 4, seed=5)
+    S, Q, marked = gather(model, cohort, True)
     present = cohort.present.clone()
     present[:, 2] = False
+    other = S.clone()
+    other[:, 2] = torch.randn(S[:, 2].shape, generator=torch.Generator().manual_seed(0))
+    a, b = (judge(x, Q, marked, present, model.expertness).fusion for x in (S, other))
+    assert torch.equal(a.distance, b.distance) and torch.equal(a.sd, b.sd) and (a.weights[:, 2] == 0).all()
     absent = dataclasses.replace(cohort, present=present, masks=cohort.masks * present[:, :, None, None, None].to(torch.uint8))
-    found = model.calibrate(absent)
-    assert (found.attention[:, 2] == 0).all()
-    full = model.calibrate(cohort)
-    assert not torch.equal(found.fused, full.fused)
+    assert (model.calibrate(absent).attention[:, 2] == 0).all()
+    assert not torch.equal(model.calibrate(absent).fused, model.calibrate(cohort).fused)
 
 
 def test_an_empty_mask_does_not_move_the_boundary_far(model):

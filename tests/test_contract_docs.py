@@ -145,12 +145,14 @@ def at_work(tree, shown):
 
 @pytest.mark.parametrize("path", MODULES, **module_name)
 def test_public_names_are_shown_at_work(path, everywhere):
-    """A cell of some notebook uses it, or uses what is made of it, or at least a test does."""
+    """A cell of some notebook uses it, or uses what is made of it: nothing is exported that no reader meets."""
     tree = ast.parse(path.read_text())
     seen = at_work(tree, everywhere)
-    tests = "\n".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))
-    idle = [n for n in exported(tree) if n not in seen and not re.search(rf"\b{n}\b", tests)]
-    assert not idle, f"{path.parent.name}.{path.stem}: neither a notebook nor a test puts {', '.join(idle)} to work; show it with an assertion, or begin its name with _"
+    if path.stem == "folders":  # readers of other people's layouts are shown at work where a stand-in can be written
+        tests = (ROOT / "tests" / "test_folders.py").read_text()
+        seen = seen | {n for n in exported(tree) if n.startswith("load_") and re.search(rf"\b{n}\b", tests)}
+    idle = [n for n in exported(tree) if n not in seen]
+    assert not idle, f"{path.parent.name}.{path.stem}: no notebook puts {', '.join(idle)} to work; show it with an assertion, or begin its name with _"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
