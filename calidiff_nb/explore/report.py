@@ -286,7 +286,7 @@ def known_spacing(
     cohort: Cohort,                      # cases
     i: int,                              # which
 ) -> Float[Tensor, "2"] | None:          # mm per pixel (row, column); None if nobody stored it
-    """Tell a true pixel size from the placeholder 1 × 1 mm, so that no picture shows millimetres that nobody measured."""
+    """Tell a true pixel size from the 1 × 1 mm that stands for "unknown", so that no picture shows millimetres that nobody measured."""
     return None if bool((cohort.spacing[i] == 1).all()) else cohort.spacing[i]
 
 def showcase(
