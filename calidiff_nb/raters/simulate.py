@@ -95,7 +95,7 @@ def draw_scenes(
     structures: int = 1,  # 1, or 2 for a cup inside a disc
     ambiguous: float = 0.25,  # share of scenes with an appendage that may or may not belong
     edge: str = "true",  # where the strongest edge is: "true", "halo" (3 px outside) or "shadow" (3 px inside)
-    sd: float = 1.0,  # px, hidden deviation of the truth from what is visible
+    sd: float = 0.7,  # px, hidden deviation of the truth from what is visible
     length: float = 8.0,  # px, its correlation length
     generator: torch.Generator | None = None,  # source of everything random
 ) -> Scene:
@@ -106,7 +106,7 @@ def draw_scenes(
         raise ValueError(f"size must be at least 32 px, or lesions do not fit; got {size}.")
     g = generator or torch.Generator().manual_seed(0)
     unit = size / 64
-    radius = unit * (7 + 6 * torch.rand(n, generator=g))
+    radius = unit * (8 + 8 * torch.rand(n, generator=g))
     centre = size / 2 + 3 * unit * torch.randn(n, 2, generator=g)
     core = star(n, size, radius, centre, 0.16, g)
     way = 2 * math.pi * torch.rand(n, generator=g)
@@ -132,14 +132,14 @@ def paint(
     axis = (torch.arange(size) - size / 2) / size
     across = torch.sin(way)[:, None, None] * axis[None, :, None] + torch.cos(way)[:, None, None] * axis[None, None, :]
     fade = 1 - 0.6 * torch.sigmoid(12 * across)
-    step = lambda d: torch.sigmoid(-d / (1.2 * unit))
+    step = lambda d: torch.sigmoid(-d / unit)
     body = 0.38 * fade * (0.75 * step(visible[:, 0, 0]) + 0.25 * step(visible[:, 1, 0]))
     body = body + sum(0.2 * fade * step(visible[:, 0, s]) for s in range(1, k))
     if edge == "halo":
         body = body + 0.35 * step(visible[:, 0, 0] - 3 * unit)
     if edge == "shadow":
         body = body + 0.35 * step(visible[:, 0, 0] + 3 * unit)
-    texture = 0.04 * random_field(b, size, 5 * unit, generator) + 0.05 * torch.randn(b, size, size, generator=generator)
+    texture = 0.025 * random_field(b, size, 5 * unit, generator) + 0.05 * torch.randn(b, size, size, generator=generator)
     return (0.3 + body + texture).clamp(0, 1)
 
 # %% ../../nbs/raters/01_simulate.ipynb #export-rater
@@ -249,16 +249,16 @@ def blur(
     return F.conv2d(F.pad(x, (n, n, 0, 0), mode="replicate"), bell.view(1, 1, 1, -1).expand(k, 1, 1, -1), groups=k)
 
 # %% ../../nbs/raters/01_simulate.ipynb #export-regimes
-_ACCURATE = Rater("accurate", jitter=0.45, offset_sd=0.25)
+_ACCURATE = Rater("accurate", jitter=0.6, offset_sd=0.35)
 _CARELESS = Rater("careless", jitter=2.2, jitter_length=12.0, offset_sd=1.0, careless=0.4, lapse=0.05)
 _PAIR = (Rater("over +3 px", offset=3.0, jitter=0.9, offset_sd=0.4, group="pair", shared_jitter=1.1), Rater("over +2.5 px", offset=2.5, jitter=0.9, offset_sd=0.4, group="pair", shared_jitter=1.1))
-_STEADY = (Rater("over +3 px", offset=3.0, jitter=0.45, offset_sd=0.25), Rater("over +2.5 px", offset=2.5, jitter=0.45, offset_sd=0.25))
+_STEADY = (Rater("over +3 px", offset=3.0, jitter=0.6, offset_sd=0.35), Rater("over +2.5 px", offset=2.5, jitter=0.6, offset_sd=0.35))
 _BALANCED = (Rater("under -2 px", offset=-2.0, jitter=0.6, offset_sd=0.6), Rater("over +2 px", offset=2.0, jitter=0.6, offset_sd=0.6), Rater("shifted, smooth", shift=(2.0, 1.0), smoothing=2.0, jitter=0.6), _CARELESS)
 
 REGIMES: dict[str, tuple[Rater, ...]] = {  # who sits on the panel, by the name of the question it asks
     "balanced": _BALANCED,
     "together": (*_PAIR, _ACCURATE, _CARELESS),
-    "unequal": tuple(Rater(f"noise {s:g} px", jitter=s, offset_sd=max(0.25, 0.4 * s)) for s in (0.4, 1.0, 2.0, 3.0)),
+    "unequal": tuple(Rater(f"noise {s:g} px", jitter=s, offset_sd=max(0.25, 0.4 * s)) for s in (0.5, 1.0, 2.0, 3.0)),
     "collusion": (*_STEADY, _ACCURATE, _CARELESS),
     "common_bias": tuple(Rater(f"all +2, {n}", offset=2.0, jitter=j, offset_sd=0.5) for n, j in (("a", 0.4), ("b", 0.8), ("c", 1.2), ("d", 1.6))),
     "halo": (*_STEADY, _ACCURATE, _CARELESS),
