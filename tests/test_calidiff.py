@@ -151,9 +151,11 @@ def test_fusion_of_independent_raters_is_the_precision_weighted_mean():
     own, shared = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([3.0])
     f = fuse(Z, C, torch.ones(2, 3, 1, dtype=torch.bool), torch.diag(own)[..., None], shared)
     p = 1 / own
-    want = ((Z * p[None, :, None, None, None]).sum(1) + C / 3) / (p.sum() + 1 / 3)
-    assert torch.allclose(f.distance, want, atol=1e-5)
-    assert torch.allclose(f.sd, ((p.sum() + 1 / 3) ** -0.5).expand(2, 1))
+    alone = (Z * p[None, :, None, None, None]).sum(1) / p.sum()
+    u = torch.exp(-((alone - C) ** 2) / (2 * (1 / p.sum() + 3)))  # (23.3), by hand
+    assert torch.allclose(f.distance, (alone * p.sum() + C * u / 3) / (p.sum() + u / 3), atol=1e-5)
+    agreed = fuse(C[:, None].expand_as(Z), C, torch.ones(2, 3, 1, dtype=torch.bool), torch.diag(own)[..., None], shared)
+    assert torch.allclose(agreed.belief, torch.ones_like(C)) and torch.allclose(agreed.sd, (p.sum() + 1 / 3).rsqrt().expand(2, 1))
 
 
 def test_two_colluding_raters_count_for_little_more_than_one():

@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['PIXEL_VARIANCE', 'residual_moments', 'pooled', 'split_covariance', 'frame_weights', 'Expertness', 'gauge', 'lapses',
-           'expertness', 'regular', 'symmetric_raters', 'correlation', 'with_warnings', 'contradiction']
+           'Frame', 'mean_offset', 'settle', 'expertness', 'regular', 'symmetric_raters', 'correlation',
+           'with_warnings', 'contradiction', 'quarrelling', 'shifted', 'about_place']
 
 # %% ../../nbs/calidiff/21_expertness.ipynb #imports
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from .edge import EdgeWitness
 
 # %% ../../nbs/calidiff/21_expertness.ipynb #export-moments
 PIXEL_VARIANCE = 1 / 12  # px^2: a boundary forced onto the pixel grid is off by a uniform half pixel
@@ -96,9 +99,27 @@ class Expertness:
     invent: Float[Tensor, "r k"]  # share of cases marked although the others see nothing, [0, 1]
     collusion: Float[Tensor, "r r k"]  # correlation of two raters' own errors, [-1, 1]
     collusion_low: Float[Tensor, "r r k"]  # lower end of its interval
+    edge: Float[Tensor, "r k"] | None = None  # where the image changes most, px from his boundary, negative inside; NaN: no clear peak; None: not asked
+    edge_low: Float[Tensor, "r k"] | None = None  # lower end of its interval
+    edge_high: Float[Tensor, "r k"] | None = None  # upper end
+    shift: Float[Tensor, "k"] | None = None  # px by which the edge moves the committee's frame; None: not at all
     cases: int = 0  # how many cases this rests on
     identified: bool = True  # False: slots are not persons, all raters share one row
     warnings: tuple[str, ...] = ()  # what a reader must know, in sentences
+
+    def pack(self) -> tuple[dict[str, Tensor], dict]:
+        """Tensors by name and plain facts, for a file."""
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {n: v for n, v in held.items() if isinstance(v, Tensor)}, {n: v for n, v in held.items() if not isinstance(v, Tensor)}
+
+    @classmethod
+    def unpack(
+        cls,
+        tensors: dict[str, Tensor],  # as packed
+        facts: dict,  # as packed
+    ) -> "Expertness":
+        """Undo `pack`."""
+        return cls(**tensors, **{n: tuple(v) if isinstance(v, list) else v for n, v in facts.items()})
 
 
 def gauge(
@@ -127,6 +148,54 @@ def lapses(
     return miss.float(), invent.float()
 
 
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """What the rounds of (21.1) and (21.2) settle on."""
+
+    weights: Float[Tensor, "r k"]  # share in the frame
+    offset: Float[Tensor, "r k"]  # px, mean of Q - C in the band, positive = draws smaller
+    V: Float[Tensor, "k r r"]  # px^2
+    own: Float[Tensor, "k r r"]  # N, px^2
+    shared: Float[Tensor, "k"]  # V0, px^2
+    moments: Float[Tensor, "b k r r"]  # px^2, image by image
+    valid: Float[Tensor, "b k r r"]  # 1.0 where used
+
+
+def mean_offset(
+    Q: Float[Tensor, "b r k h w"],  # what the image says each rater would draw, px
+    C: Float[Tensor, "b k h w"],  # the committee's frame, px
+    usable: Bool[Tensor, "b r k"],  # annotations to count
+) -> Float[Tensor, "r k"]:  # px, positive = draws smaller than the frame
+    """How far each rater's expected boundary lies from the frame, near the frame's own."""
+    near = (C.abs() < 4)[:, None] & usable[..., None, None]
+    return ((Q - C[:, None]) * near).sum((0, 3, 4)) / near.sum((0, 3, 4)).clamp(min=1)
+
+
+def settle(
+    S: Float[Tensor, "b r k h w"],  # signed distances of the annotations, px
+    Q: Float[Tensor, "b r k h w"],  # what the image says each rater would draw, px
+    usable: Bool[Tensor, "b r k"],  # annotations that are there and mark something
+    identified: bool = True,  # False: slots are not persons
+    edge: Float[Tensor, "r k"] | None = None,  # px, offsets against the image's edge, which replace those against the frame; NaN: keep
+    rounds: int = 10,  # how often frame and covariance are updated in turn
+) -> Frame:
+    """Find frame, covariance and weights in turn. The first frame asks for noise alone, or a loud majority would define it."""
+    b, r, k = usable.shape
+    weights = torch.full((r, k), 1 / r, dtype=S.dtype, device=S.device)
+    one = torch.ones(1, b, dtype=S.dtype, device=S.device)
+    for number in range(rounds):
+        C = gauge(Q, weights)
+        band = C.abs() < 4
+        moments, valid = residual_moments(S - Q, usable, band)
+        valid = valid * regular(moments, valid)
+        V = symmetric_raters(pooled(moments, valid, one), identified)[0]
+        shared, own = split_covariance(V)
+        offset = mean_offset(Q, C, usable)
+        doubted = offset if edge is None else torch.where(edge.isnan(), offset, edge)
+        weights = frame_weights(own, torch.zeros_like(offset).T if number == 0 or not identified else doubted.T).T
+    return Frame(weights, doubted if identified else 0 * offset, V, own, shared, moments, valid)
+
+
 def expertness(
     S: Float[Tensor, "b r k h w"],  # signed distances of the annotations, px
     Q: Float[Tensor, "b r k h w"],  # what the image says each rater would draw, px; on cases not trained on
@@ -134,7 +203,8 @@ def expertness(
     present: Bool[Tensor, "b r"],  # who annotated
     identified: bool = True,  # False: slots are not persons; everybody gets the same, pooled figures
     rater_names: tuple[str, ...] | None = None,  # for the sentences; "rater 1" ... if None
-    rounds: int = 10,  # how often frame and covariance are updated in turn
+    edge: EdgeWitness | None = None,  # the image's own edge, as a witness; None: it is not asked
+    absolute: bool = False,  # True: the edge is everybody's frame; False: it is asked only where trusted raters contradict each other
     resamples: int = 400,  # bootstrap draws over cases
     generator: torch.Generator | None = None,  # source of the resampling
 ) -> Expertness:
@@ -147,28 +217,24 @@ def expertness(
     if not usable.any():
         raise ValueError("masks must mark something somewhere; got only empty or absent annotations, so no rater can be judged.")
     names = rater_names or tuple(f"rater {i + 1}" for i in range(r))
-    weights = torch.full((r, k), 1 / r, dtype=S.dtype, device=S.device)
-    one = torch.ones(1, b, dtype=S.dtype, device=S.device)
-    for number in range(rounds):
-        band = gauge(Q, weights).abs() < 4
-        moments, valid = residual_moments(S - Q, usable, band)
-        valid = valid * regular(moments, valid)
-        V = symmetric_raters(pooled(moments, valid, one), identified)[0]
-        shared, own = split_covariance(V)
-        near = (band[:, None] & usable[..., None, None]).to(S.dtype)
-        offset = ((Q - gauge(Q, weights)[:, None]) * near).sum((0, 3, 4)) / near.sum((0, 3, 4)).clamp(min=1)  # (r, k)
-        if number == 0 or not identified:  # the first frame asks for noise alone, or a loud majority would define it
-            offset = torch.zeros_like(offset)
-        weights = frame_weights(own, offset.T).T
-    counts = torch.stack([torch.bincount(torch.randint(0, b, (b,), generator=generator), minlength=b) for _ in range(resamples)]).to(moments)
-    _, own_draws = split_covariance(symmetric_raters(pooled(moments, valid, counts), identified))
-    draws = frame_weights(own_draws, offset.T)  # (n, k, r)
+    frame = settle(S, Q, usable, identified)
+    peaks = None if edge is None or not identified else edge.peak.to(S).masked_fill(~edge.clear.to(S.device), torch.nan)
+    if peaks is not None:
+        quarrel = torch.tensor([absolute or quarrelling(frame.own[j], frame.offset[:, j], peaks[:, j], frame.weights[:, j]) for j in range(k)], device=S.device)
+        frame = settle(S, Q, usable, identified, peaks.masked_fill(~quarrel, torch.nan)) if quarrel.any() else frame
+    counts = torch.stack([torch.bincount(torch.randint(0, b, (b,), generator=generator), minlength=b) for _ in range(resamples)]).to(frame.moments)
+    _, own_draws = split_covariance(symmetric_raters(pooled(frame.moments, frame.valid, counts), identified))
+    draws = frame_weights(own_draws, frame.offset.T)  # (n, k, r)
     low, high = (draws.double().quantile(q, dim=0).to(S.dtype).T for q in (0.025, 0.975))
-    rho, rho_draws = correlation(own), correlation(own_draws)
+    rho, rho_draws = correlation(frame.own), correlation(own_draws)
     pairs = max(1, k * r * (r - 1) // 2)
     rho_low = rho_draws.double().quantile(0.025 / pairs, dim=0).to(S.dtype)  # Bonferroni over pairs
     miss, invent = lapses(marked, present)
-    found = Expertness(weights, low, high, own.movedim(0, -1), shared, V.movedim(0, -1), -offset, miss, invent, rho.movedim(0, -1), rho_low.movedim(0, -1), b, identified)
+    bias = -mean_offset(Q, gauge(Q, frame.weights), usable)
+    found = Expertness(
+        frame.weights, low, high, frame.own.movedim(0, -1), frame.shared, frame.V.movedim(0, -1), bias, miss, invent, rho.movedim(0, -1), rho_low.movedim(0, -1),
+        *((None,) * 4 if peaks is None else (peaks, edge.low.to(S), edge.high.to(S), shifted(frame.weights, peaks) if absolute else None)), b, identified,
+    )
     return with_warnings(found, names)
 
 # %% ../../nbs/calidiff/21_expertness.ipynb #export-regular
@@ -224,19 +290,62 @@ def with_warnings(
                 for c in range(a + 1, r):
                     if found.collusion_low[a, c, j] > 0.1 and r > 2:
                         said.append(f"{names[a]} and {names[c]} err together: correlation {found.collusion[a, c, j]:.2f} of what they add to the image (95 % interval from {found.collusion_low[a, c, j]:.2f}); they count for little more than one.")
-            said += contradiction(found, names, j)
+            said += about_place(found, names, j)
     return replace(found, warnings=tuple(said))
 
 
 def contradiction(
+    own: Float[Tensor, "r r"],  # N, px^2
+    offset: Float[Tensor, "r"],  # px, where each draws
+) -> tuple[float, int, int]:  # px apart, and who; (0, 0, 0) if nobody
+    """The two about equally predictable raters who lie furthest apart."""
+    spread = own.diagonal()
+    trusted = (spread <= 2 * spread.min()).nonzero().flatten().tolist()
+    return max((abs(float(offset[a] - offset[c])), a, c) for a in trusted for c in trusted) if len(trusted) > 1 else (0.0, 0, 0)
+
+
+def quarrelling(
+    own: Float[Tensor, "r r"],  # N, px^2
+    offset: Float[Tensor, "r"],  # px, where each draws
+    peaks: Float[Tensor, "r"],  # px, the image's edge seen from each; NaN: no clear peak
+    weights: Float[Tensor, "r"],  # share of each in the frame
+) -> bool:
+    """Do two trusted raters contradict each other by more than a pixel, and does one of them stand nearer to the edge than the frame, by more than a pixel?"""
+    gap, a, c = contradiction(own, offset)
+    if gap <= 1 or bool(peaks[[a, c]].isnan().any()):
+        return False
+    frame = shifted(weights[:, None], peaks[:, None])[0]
+    return bool(frame.abs() - peaks[[a, c]].abs().min() > 1)
+
+
+def shifted(
+    weights: Float[Tensor, "r k"],  # share in the frame
+    peaks: Float[Tensor, "r k"],  # px, the image's edge seen from each; NaN: no clear peak
+) -> Float[Tensor, "k"]:  # px by which the frame must move so that the edge is its zero
+    """The mean place of the edge in the committee's frame; 0 where nobody's edge is clear."""
+    w = weights * ~peaks.isnan()
+    return (w * peaks.nan_to_num()).sum(0) / w.sum(0).clamp(min=1e-6)
+
+
+def about_place(
     found: Expertness,  # figures
     names: tuple[str, ...],  # of the raters
     structure: int,  # which structure
-) -> list[str]:  # no or one sentence
-    """Two equally predictable raters whose boundaries lie more than a pixel apart: masks and predictability cannot say who is right."""
-    bias, own = found.bias[:, structure], found.covariance[..., structure].diagonal()
-    trusted = (own <= 2 * own.min()).nonzero().flatten().tolist()
-    gap = max((abs(float(bias[a] - bias[c])), a, c) for a in trusted for c in trusted) if len(trusted) > 1 else (0.0, 0, 0)
-    if gap[0] <= 1:
-        return []
-    return [f"{names[gap[1]]} and {names[gap[2]]} are about equally consistent with the image but lie {gap[0]:.1f} px apart: masks cannot say which of them is right."]
+) -> list[str]:  # no, one or two sentences
+    """Say where boundaries contradict each other or the image's edge, and what was made of it."""
+    gap, a, c = contradiction(found.covariance[..., structure], found.bias[:, structure])
+    said, edge = [], None if found.edge is None else found.edge[:, structure]
+    if gap > 1:
+        text = f"{names[a]} and {names[c]} are about equally consistent with the image but lie {gap:.1f} px apart: masks cannot say which of them is right"
+        if edge is None:
+            said.append(text + ".")
+        elif edge[[a, c]].isnan().any():
+            said.append(text + ", and the image's edge is not one clear peak, so it was not asked.")
+        else:
+            sure = lambda i: f"{edge[i]:+.1f} px [{found.edge_low[i, structure]:+.1f}, {found.edge_high[i, structure]:+.1f}]"
+            said.append(text + f". The image changes most at {sure(a)} from the boundary of {names[a]} and at {sure(c)} from that of {names[c]}, and the frame lies at {shifted(found.weights[:, [structure]], found.edge[:, [structure]])[0]:+.1f} px: right only if the truth lies where the image changes most.")
+    if edge is not None and not edge.isnan().any() and (edge.min() > 1 or edge.max() < -1):
+        near = edge[edge.abs().argmin()]
+        moved = f" The frame was moved by {found.shift[structure]:+.1f} px to the edge." if found.shift is not None else " Masks cannot tell a habit of all from a truth that is not on the edge; nothing was moved."
+        said.append(f"Every rater draws at least {abs(near):.1f} px {'inside' if near > 0 else 'outside'} the place where the image changes most.{moved}")
+    return said

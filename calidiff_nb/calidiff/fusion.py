@@ -32,7 +32,15 @@ class Fusion:
 
     distance: Float[Tensor, "b k h w"]  # fused signed distance, px
     sd: Float[Tensor, "b k"]  # its standard deviation, px
-    weights: Float[Tensor, "b e k"]  # share of each rater and, last, of the image; sums to 1, may be negative
+    weights: Float[Tensor, "b e k"]  # share of each rater and, last, of an undoubted image; sums to 1, may be negative
+    belief: Float[Tensor, "b k h w"]  # how far the image's opinion is believed at a pixel, [0, 1]
+
+    @property
+    def shares(self) -> Float[Tensor, "b e k h w"]:
+        """The weights at every pixel, the image's doubted where the raters contradict it; sums to 1."""
+        voice = torch.cat([torch.ones_like(self.belief)[:, None].expand(-1, self.weights.shape[1] - 1, -1, -1, -1), self.belief[:, None]], 1)
+        votes = self.weights[..., None, None] * voice
+        return votes / votes.sum(1, keepdim=True)
 
 
 def own_error(
@@ -59,7 +67,8 @@ def fuse(
     """Generalised least squares of the raters and the image, equation (23.2).
 
     Rater errors have covariance N, stretched by `scale`; the image is one more expert with variance V0 and errors
-    of its own. An absent rater weighs nothing, exactly as if he were not in the panel.
+    of its own, believed less where all raters together contradict it (23.3). An absent rater weighs nothing, exactly
+    as if he were not in the panel.
 
     Source: Aitken 1935 for the estimator; its use here is our reading.
     """
@@ -70,10 +79,16 @@ def fuse(
     eye = torch.eye(on.shape[-1], dtype=torch.float64, device=on.device)
     precision = torch.linalg.inv(sigma * both + eye * (1 - on)[..., None, :]) * both
     votes = torch.cat([precision.sum(-1), (1 / shared.double()).expand(on.shape[:2])[..., None]], -1)  # (b, k, r+1)
-    total = votes.sum(-1)
-    share = (votes / total[..., None]).to(Z.dtype).movedim(1, 2)  # (b, r+1, k)
-    experts = torch.cat([Z * usable[..., None, None], C[:, None]], 1)
-    return Fusion((share[..., None, None] * experts).sum(1), total.rsqrt().to(Z.dtype), share)
+    share = (votes / votes.sum(-1, keepdim=True)).to(Z.dtype).movedim(1, 2)  # (b, r+1, k)
+    mine = votes[..., :-1].sum(-1).clamp(min=1e-9)  # what the raters know without the image
+    alone = torch.einsum("bkr,brkhw->bkhw", votes[..., :-1].to(Z.dtype), Z * usable[..., None, None]) / mine[..., None, None].to(Z.dtype)
+    belief = torch.exp(-(alone - C).square() / (2 * (1 / mine + shared.double())[..., None, None]).to(Z.dtype))
+    part = belief / (belief + (mine * shared.double())[..., None, None].to(Z.dtype))  # the image's share at each pixel
+    distance = alone + (C - alone) * part
+    near = (distance.abs() < 4).to(Z.dtype)
+    heard = (belief * near).flatten(2).sum(-1) / near.flatten(2).sum(-1).clamp(min=1)
+    heard = torch.where(near.flatten(2).any(-1), heard, 1.0)
+    return Fusion(distance, (mine + heard.double() / shared.double()).rsqrt().to(Z.dtype), share, belief)
 
 
 def inside_probability(
@@ -118,7 +133,7 @@ class CrossExpertFusion(nn.Module):
         b, e, k, h, w = experts.shape
         difference = (experts - base.distance[:, None]) / reach
         surprise = scale.log()[..., None, None].expand_as(experts)
-        prior = base.weights.clamp(min=0) * on
+        prior = base.shares.clamp(min=0) * on[..., None, None]
         prior = prior / prior.sum(1, keepdim=True).clamp(min=1e-6)
         image_itself = torch.zeros_like(experts)
         image_itself[:, -1] = 1
@@ -126,7 +141,7 @@ class CrossExpertFusion(nn.Module):
         key = self.key(rearrange(describe, "b e k c h w -> (b e k) c h w"))
         query = self.query(torch.cat([F.interpolate(feature, (h, w), mode="bilinear", align_corners=False), base.distance.mean(1, keepdim=True) / reach], 1))
         match = torch.einsum("bekdhw,bdhw->bekhw", rearrange(key, "(b e k) d h w -> b e k d h w", b=b, e=e), query) / key.shape[1] ** 0.5
-        score = prior.clamp(min=1e-6).log()[..., None, None] + match
+        score = prior.clamp(min=1e-6).log() + match
         a = score.masked_fill(~on[..., None, None], -torch.inf).softmax(1)
-        start = prior.clamp(min=1e-6).log().masked_fill(~on, -torch.inf).softmax(1)[..., None, None]
+        start = prior.clamp(min=1e-6).log().masked_fill(~on[..., None, None], -torch.inf).softmax(1)
         return base.distance + ((a - start) * experts).sum(1), a

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['CaliDiffConfig', 'Calibration', 'Segmentation', 'Judged', 'expected', 'judge', 'habits', 'draw_batch', 'joint_step',
            'committee_step', 'consensus_part', 'align_part', 'fusion_part', 'attend', 'CaliDiff', 'check_fits',
-           'annotated', 'gather', 'conclude', 'presence_prior', 'judge_strangers', 'flat', 'calibrate_batch',
-           'leave_out', 'consensus_distance', 'segment_batch', 'draw_samples', 'pack', 'unpack']
+           'annotated', 'gather', 'judged', 'conclude', 'remember', 'presence_prior', 'judge_strangers', 'flat',
+           'calibrate_batch', 'leave_out', 'consensus_distance', 'segment_batch', 'draw_samples', 'monitors',
+           'recognised', 'pack', 'unpack']
 
 # %% ../../nbs/calidiff/26_model.ipynb #imports
 import dataclasses
@@ -20,9 +21,10 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from .. import __version__
-from .adversary import ReliabilityCritic, committee_loss, critic_loss, entropy, presence_odds, pseudo_truth, soft_targets, soften
+from .adversary import RaterClassifier, ReliabilityCritic, committee_loss, critic_loss, entropy, presence_odds, pseudo_truth, soft_targets, soften
 from .alignment import align, alignment_loss, ambiguity_loss, confidence, fidelity_loss
 from .consensus import consensus_targets, level_sets
+from .edge import edge_witness
 from .expertness import Expertness, expertness, gauge
 from .fusion import CrossExpertFusion, Fusion, fuse, inside_probability, own_error, unbias
 from .inverse import distance_schedule, draw_times, draw_tokens, joint_diffusion_loss, measure_retention, noised, normalise, predict_raters, step_for
@@ -53,9 +55,19 @@ class CaliDiffConfig:
     adversary: bool = True  # soft adversarial supervision of the consensus
     adversary_weight: float = 0.05  # of the committee's adversarial loss
     align_strength: float = 3.0  # pull of alignment against fidelity
+    edge: str = "tie"  # "off", "tie" or "absolute": the image's edge as a witness: never, where trusted raters contradict each other, or as everybody's frame
+    rounds: int = 2  # of the committee: how often its conclusion about the training cases is drawn anew
+    momentum: float = 0.5  # share of the old conclusion in the new one (exponential moving average of the pseudo-truth), [0, 1)
     steps: int = 5  # DDIM steps of normalisation and sampling
     draws: int = 2  # noise draws averaged by normalisation
     seed: int = 0  # of weights and training
+
+    def __post_init__(self) -> None:
+        """Refuse a witness there is none of, and committees that never meet."""
+        if self.edge not in ("off", "tie", "absolute"):
+            raise ValueError(f'edge must be "off", "tie" or "absolute"; got {self.edge!r}.')
+        if self.rounds < 1 or not 0 <= self.momentum < 1:
+            raise ValueError(f"rounds must be at least 1 and momentum in [0, 1); got {self.rounds} and {self.momentum}.")
 
 # %% ../../nbs/calidiff/26_model.ipynb #export-results
 @dataclass(frozen=True, eq=False)
@@ -123,7 +135,7 @@ def judge(
     who: Expertness,  # whom to believe
 ) -> Judged:
     """Remove habits and fuse, with nothing learnt but `who`."""
-    C = gauge(Q, who.weights.to(Q))
+    C = gauge(Q, who.weights.to(Q)) - (0 if who.shift is None else who.shift.to(Q)[:, None, None])
     Z = unbias(S, Q, C)
     usable = marked & present[..., None]
     scale = own_error(S, Q, C, who.total.to(S))
@@ -324,6 +336,10 @@ class CaliDiff(nn.Module):
         names = cohort.rater_names if cohort.raters_identified else ()
         return cls(config, names, cohort.structure_names, cohort.images.shape[1], cohort.n_raters)
 
+    def __reduce__(self) -> tuple:
+        """Copies and other processes get what a file would hold."""
+        return unpack, (type(self), *pack(self))
+
     @property
     def identified(self) -> bool:
         """True if slots are persons."""
@@ -347,20 +363,37 @@ class CaliDiff(nn.Module):
         valid: Cohort,  # other patients, for expertness and noise levels; no truth is looked at
         checkpoint: str | Path | None = None,  # folder for resumable checkpoints; None keeps none
         progress: bool = True,  # show a bar with the time left
-    ) -> dict[str, History]:  # "joint" and "committee"
-        """Train both stages; an interrupted training with a `checkpoint` folder goes on where it stopped."""
+        on_stage: Callable[[dict[str, History]], None] | None = None,  # told the histories after every stage, to draw a dashboard
+    ) -> dict[str, History]:  # "joint", "committee 1" ... step by step, and "monitors" stage by stage
+        """Train all stages; an interrupted training with a `checkpoint` folder goes on where it stopped."""
         check_fits(self, train)
         check_fits(self, valid)
         train, valid = annotated(train), annotated(valid)
         c, where = self.config, None if checkpoint is None else Path(checkpoint)
         plan = TrainConfig(steps=c.joint_steps, lr=c.lr, seed=c.seed)
-        out = {"joint": fit(self, joint_step(train, c), plan, where and where / "joint.pt", progress=progress)}
-        self.measure(valid)
-        if c.committee_steps > 0:
-            plan = TrainConfig(steps=c.committee_steps, lr=c.lr / 4, seed=c.seed + 1)
-            out["committee"] = fit(self, committee_step(train, conclude(self, train), c), plan, where and where / "committee.pt", progress=progress)
-            self.measure(valid)
+        out = {"joint": fit(self, joint_step(train, c), plan, where and where / "joint.pt", progress=progress), "monitors": History()}
+        self.watch(valid, out, on_stage)
+        memory, steps = None, c.committee_steps // c.rounds
+        for n in range(c.rounds if steps else 0):
+            memory = remember(memory, conclude(self, train), c.momentum)
+            name, plan = f"committee {n + 1}", TrainConfig(steps=steps, lr=c.lr / 4, seed=c.seed + 1 + n)
+            out[name] = fit(self, committee_step(train, memory, c), plan, where and where / f"committee-{n + 1}.pt", progress=progress)
+            self.watch(valid, out, on_stage)
         return out
+
+    def watch(
+        self,
+        valid: Cohort,  # cases not trained on
+        histories: dict[str, History],  # of the stages so far; "monitors" is written to
+        on_stage: Callable[[dict[str, History]], None] | None = None,  # told after every stage
+    ) -> None:
+        """Measure expertness after a stage, and note what a supervisor would want to see."""
+        before = self.expertness
+        self.measure(valid)
+        seen = histories["monitors"]
+        seen.record(len(next(iter(seen.values.values()), [])), monitors(self, valid, before))
+        if on_stage is not None:
+            on_stage(histories)
 
     @torch.no_grad()
     def measure(
@@ -371,7 +404,7 @@ class CaliDiff(nn.Module):
         self.eval()
         S, Q, marked = gather(self, valid, self.identified)
         g = torch.Generator().manual_seed(self.config.seed)
-        self.expertness = expertness(S, Q, marked, valid.present, self.identified, valid.rater_names, generator=g)
+        self.expertness = judged(self, valid, S, Q, marked, self.identified, g)
         few = valid.subset(range(min(16, len(valid))))
         features = self.net.encode(few.images.to(self.device))
         t = (torch.linspace(0.02, 0.98, 17) * (self.config.T - 1)).long()
@@ -385,6 +418,7 @@ class CaliDiff(nn.Module):
         cohort: Cohort,  # annotations to calibrate; any number of raters, some missing
         batch: int = 32,  # cases at a time
         on_batch: Callable[[int, int], None] | None = None,  # told how many cases of how many are done
+        judged: tuple[Expertness, Float[Tensor, "r k"]] | None = None,  # expertness and habits from `judge_strangers`, if this is a piece of something larger
     ) -> Calibration:
         """Normalise, align and fuse annotations, and form the pseudo-truth with its uncertainty.
 
@@ -395,7 +429,7 @@ class CaliDiff(nn.Module):
             raise ValueError("this CaliDiff is untrained; call fit(train, valid), or load weights with CaliDiff.load or CaliDiff.from_pretrained.")
         self.eval()
         known = self.knows(cohort)
-        who, habit = (self.expertness, None) if known else judge_strangers(self, cohort)
+        who, habit = (self.expertness, None) if known and judged is None else judged or judge_strangers(self, cohort)
         parts = []
         for start in range(0, len(cohort), batch):
             piece = cohort.subset(range(start, min(start + batch, len(cohort)))).to(self.device)
@@ -410,7 +444,7 @@ class CaliDiff(nn.Module):
         self,
         images: Float[Tensor, "b c h w"],  # [0, 1]
         n: int = 16,  # samples of each image
-        sampler: str = "diffusion",  # "diffusion" (raters, one by one) or "levels" (one call)
+        sampler: str = "levels",  # "levels" (level sets of one answer, one call) or "diffusion" (raters, one by one)
         steps: int | None = None,  # DDIM steps; the config's if None
         generator: torch.Generator | None = None,  # source of the samples
         batch: int = 32,  # images at a time
@@ -507,6 +541,22 @@ def gather(
     return signed_distance(cohort.masks.cpu(), model.config.reach), torch.cat(Q), cohort.masks.bool().flatten(3).any(-1).cpu()
 
 
+def judged(
+    model: CaliDiff,  # whose configuration says whether the edge is asked
+    cohort: Cohort,  # cases not trained on
+    S: Float[Tensor, "b r k h w"],  # their signed distances, px
+    Q: Float[Tensor, "b r k h w"],  # what the image says each rater would draw, px
+    marked: Bool[Tensor, "b r k"],  # annotations that mark something
+    identified: bool,  # slots are persons
+    generator: torch.Generator,  # source of the resampling
+) -> Expertness:
+    """Ask all witnesses: predictability, and the image's edge where the configuration allows it."""
+    present, edge = cohort.present.cpu(), None
+    if model.config.edge != "off" and identified:
+        edge = edge_witness(cohort.images.cpu(), Q, marked & present[..., None], generator=torch.Generator().manual_seed(model.config.seed))
+    return expertness(S, Q, marked, present, identified, cohort.rater_names, edge, model.config.edge == "absolute", generator=generator)
+
+
 @torch.no_grad()
 def conclude(
     model: CaliDiff,  # after stage 1, with expertness
@@ -518,6 +568,15 @@ def conclude(
     J = judge(S, Q, marked, train.present.cpu(), model.expertness)
     there = presence_odds(presence_prior(J.usable, train.present), marked, train.present.cpu(), model.expertness.lapse, model.expertness.invent)
     return J.fusion.distance.clamp(-model.config.reach, model.config.reach), J.fusion.sd, there
+
+
+def remember(
+    old: tuple[Tensor, Tensor, Tensor] | None,  # conclusions of earlier rounds; None in the first
+    new: tuple[Tensor, Tensor, Tensor],  # of this round: fused px, sd px, presence
+    momentum: float,  # share of the old, [0, 1)
+) -> tuple[Tensor, Tensor, Tensor]:  # what the committee goes on with
+    """Exponential moving average of the pseudo-truth, so that one bad round does not teach the next."""
+    return new if old is None else tuple(momentum * o + (1 - momentum) * n for o, n in zip(old, new))
 
 
 def presence_prior(
@@ -541,7 +600,7 @@ def judge_strangers(
     g = torch.Generator().manual_seed(model.config.seed)
     if not usable.any():
         return model.expertness if len(model.expertness.weights) == cohort.n_raters else flat(model.expertness, cohort.n_raters), habit
-    who = expertness(S, Q + habit[None, :, :, None, None], marked, cohort.present.cpu(), cohort.raters_identified, cohort.rater_names, generator=g)
+    who = judged(model, cohort, S, Q + habit[None, :, :, None, None], marked, cohort.raters_identified, g)
     if len(cohort) < 20:
         said = f"Expertness rests on {len(cohort)} case{'s' if len(cohort) > 1 else ''} only; the intervals are as wide as they look."
         who = dataclasses.replace(who, warnings=(*who.warnings, said))
@@ -559,7 +618,7 @@ def flat(
     equal = torch.full((raters, len(own)), 1 / raters)
     return dataclasses.replace(
         who, weights=equal, weights_low=equal, weights_high=equal, covariance=eye * own, total=eye * own + who.shared, bias=mean(who.bias) * 0,
-        lapse=mean(who.lapse), invent=mean(who.invent), collusion=eye.expand(-1, -1, len(own)), collusion_low=eye.expand(-1, -1, len(own)), identified=False, warnings=("No annotation marks anything, so no rater is judged.",),
+        edge=None, edge_low=None, edge_high=None, shift=None, lapse=mean(who.lapse), invent=mean(who.invent), collusion=eye.expand(-1, -1, len(own)), collusion_low=eye.expand(-1, -1, len(own)), identified=False, warnings=("No annotation marks anything, so no rater is judged.",),
     )
 
 # %% ../../nbs/calidiff/26_model.ipynb #export-calibrate-batch
@@ -576,7 +635,7 @@ def calibrate_batch(
     Q, _, there = expected(model, features, cases.size, cases.n_raters, known)
     Q = Q if habit is None else Q + habit.to(Q)[None, :, :, None, None]
     J = judge(S, Q, marked, cases.present, who)
-    fused, attention = attend(model, J, features[0]) if c.fusion else (J.fusion.distance, J.fusion.weights[..., None, None].expand(-1, -1, -1, *cases.size))
+    fused, attention = attend(model, J, features[0]) if c.fusion else (J.fusion.distance, J.fusion.shares)
     presence = presence_odds(there.sigmoid().mean(1), marked, cases.present, who.lapse.to(S), who.invent.to(S))
     probability = pseudo_truth(fused, J.fusion.sd, presence)
     own = who.covariance.to(S).diagonal(dim1=0, dim2=1).T  # (r, k)
@@ -659,6 +718,61 @@ def draw_samples(
     marks = torch.rand(b, n, k, generator=generator).to(there) < there[:, who]
     return ((x0.unflatten(0, (b, n)) < 0) & marks[..., None, None]).to(torch.uint8)
 
+# %% ../../nbs/calidiff/26_model.ipynb #export-monitors
+@torch.no_grad()
+def monitors(
+    model: CaliDiff,  # with expertness
+    valid: Cohort,  # cases not trained on
+    before: Expertness | None = None,  # of the stage before
+    most: int = 64,  # cases to look at
+) -> dict[str, float]:  # name -> number
+    """Signs that a training goes wrong before its result does; no truth is needed."""
+    few = valid.subset(range(min(most, len(valid))))
+    found, reach = model.calibrate(few), model.config.reach
+    S = signed_distance(few.masks, reach)
+    drawn, aligned = soften(S), soften(found.aligned)
+    here = few.present[:, :, None].expand(drawn.shape[:3])
+    spread = lambda x: x.sum((3, 4)).masked_fill(~here, 0).std(1).mean()
+    union, truth = (few.masks.bool() & here[..., None, None]).any(1), found.pseudo_truth > 0.5
+    variance = lambda x: x.flatten(3).var(-1)[here].mean()
+    grade = lambda m: model.critic(few.images.to(model.device), m.to(model.device)).mean().item()
+    best = model.expertness.weights.sum(1).argmax()
+    out = {
+        "collapse": float(variance(aligned) / variance(drawn).clamp(min=1e-9)), "spread": float(spread(aligned) / spread(drawn).clamp(min=1e-9)),
+        "outside": float((truth & ~union).sum() / truth.sum().clamp(min=1)), "empty drawn": float((few.masks.flatten(3).sum(-1) == 0)[here].float().mean()),
+        "empty concluded": float((~truth.flatten(2).any(-1)).float().mean()), "gap": grade(drawn[:, best]) - grade(soften(found.fused)),
+        "drift": 0.0 if before is None else float((model.expertness.weights - before.weights).abs().max()),
+    }
+    if model.identified and model.raters > 1 and len(few) > 7:
+        out |= {"recognised drawn": recognised(few.images, drawn, few.present), "recognised normalised": recognised(few.images, soften(found.normalised), few.present)}
+    return out
+
+
+@torch.enable_grad()
+def recognised(
+    images: Float[Tensor, "b c h w"],  # [0, 1]
+    masks: Float[Tensor, "b r k h w"],  # soft masks, [0, 1]
+    present: Bool[Tensor, "b r"],  # who annotated
+    steps: int = 60,  # of a small classifier
+) -> float:  # share of the unseen half's masks whose rater is guessed; chance is 1 / raters
+    """Can one still tell who drew a mask? A classifier learns on half of the cases and is asked about the other half."""
+    b, r = present.shape
+    who = torch.arange(r).expand(b, -1)
+    half, g = torch.arange(b) % 2 == 0, torch.Generator().manual_seed(0)
+    rows = lambda part: (images[:, None].expand(-1, r, -1, -1, -1)[part[:, None] & present], masks[part[:, None] & present], who[part[:, None] & present])
+    (x, m, y), (xt, mt, yt) = rows(half), rows(~half)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        guess = RaterClassifier(r, images.shape[1], masks.shape[2])
+    optimiser = torch.optim.AdamW(guess.parameters(), 3e-3)
+    for _ in range(steps):
+        i = torch.randint(0, len(y), (min(48, len(y)),), generator=g)
+        optimiser.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(guess(x[i], m[i]), y[i]).backward()
+        optimiser.step()
+    with torch.no_grad():
+        return float((guess(xt, mt).argmax(1) == yt).float().mean())
+
 # %% ../../nbs/calidiff/26_model.ipynb #export-pack
 def pack(
     model: CaliDiff,  # any model
@@ -667,9 +781,8 @@ def pack(
     tensors = {f"weights.{n}": p for n, p in model.state_dict().items()}
     facts = {"config": asdict(model.config), "rater_names": model.rater_names, "structure_names": model.structure_names, "channels": model.channels, "raters": model.raters, "version": __version__, "about": model.about}
     if model.expertness is not None:
-        held = {f.name: getattr(model.expertness, f.name) for f in dataclasses.fields(Expertness)}
-        tensors |= {f"expertness.{n}": v for n, v in held.items() if isinstance(v, Tensor)}
-        facts["expertness"] = {n: v for n, v in held.items() if not isinstance(v, Tensor)}
+        held, facts["expertness"] = model.expertness.pack()
+        tensors |= {f"expertness.{n}": v for n, v in held.items()}
         tensors |= {"kept.t": model.kept[0], "kept.share": model.kept[1]}
     return tensors, facts
 
@@ -687,8 +800,7 @@ def unpack(
     except (KeyError, TypeError, RuntimeError) as e:
         raise ValueError(f"path must be a model saved by CaliDiff.save of this version; got a file that does not fit ({str(e).splitlines()[0]}).") from None
     if "expertness" in facts:
-        held = {n.removeprefix("expertness."): t for n, t in tensors.items() if n.startswith("expertness.")}
-        model.expertness = Expertness(**held, **{n: tuple(v) if isinstance(v, list) else v for n, v in facts["expertness"].items()})
+        model.expertness = Expertness.unpack({n.removeprefix("expertness."): t for n, t in tensors.items() if n.startswith("expertness.")}, facts["expertness"])
         model.kept = tensors["kept.t"], tensors["kept.share"]
     model.about = facts.get("about", {})
     return model
