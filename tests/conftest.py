@@ -3,7 +3,7 @@ import os
 
 from jaxtyping import install_import_hook
 
-hook = install_import_hook("calidiff_nb", "beartype.beartype")  # before anything of the package is imported
+hook = install_import_hook("calidiff_nb", "typecheck.check")  # before anything of the package is imported
 hook.__enter__()
 
 import shutil  # noqa: E402

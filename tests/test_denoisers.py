@@ -7,7 +7,7 @@ import torch
 
 from calidiff_nb.diffusion.denoisers import (
     ExactDenoiser, ExactGaussian, ImageEncoder, Prediction, RaterAttention, RaterTokens, UNet,
-    borrowed_denoiser, effective_atoms, pad_to_eight, time_embedding,
+    borrowed_denoiser, effective_atoms, pad_to_eight, pieces, time_embedding,
 )
 from calidiff_nb.diffusion.schedules import cosine_schedule
 
@@ -128,6 +128,30 @@ def test_padding_is_what_a_person_would_do():
     part = net(x_t, t, net.encode(image), tokens)
     assert torch.equal(part.distance, whole.distance[..., :13, :14])
     assert pad_to_eight(bigger) is bigger
+
+
+@pytest.mark.parametrize("b,m,r,most", [(6, 1, 2, 4), (6, 2, 2, 2), (6, 3, 3, 4), (6, 6, 2, 1), (5, 5, 1, 2)])
+def test_a_batch_in_pieces_gives_the_same_answers(monkeypatch, b, m, r, most):
+    net = small()
+    image, x_t, t, tokens = inputs(b, r)
+    features = net.encode(image[:m])
+    present = torch.ones(b, r, dtype=torch.bool).index_fill(1, torch.tensor([r - 1]), r == 1)
+    whole = net(x_t, t, features, tokens, present)
+    monkeypatch.setattr("calidiff_nb.diffusion.denoisers.CACHE_PIXELS", most * r * 16 * 16)
+    with torch.no_grad():
+        assert gap(net(x_t, t, features, tokens, present), whole) < 1e-5
+    assert (whole.distance[0] - whole.distance[1]).abs().max() > 0.05   # a mixed-up order would show
+
+
+@pytest.mark.parametrize("b,m", [(1, 1), (7, 1), (8, 4), (12, 3), (6, 6)])
+def test_pieces_hold_every_case_once_with_its_own_image(b, m):
+    for most in (1, 2, 3, 5, 100):
+        seen = []
+        for cases, images in pieces(b, m, most):
+            inside, shown = list(range(b))[cases], list(range(m))[images]
+            assert 0 < len(inside) <= most and len(inside) % len(shown) == 0
+            seen += [(c, shown[i // (len(inside) // len(shown))]) for i, c in enumerate(inside)]
+        assert seen == [(c, c // (b // m)) for c in range(b)]
 
 
 def test_default_size():

@@ -238,6 +238,19 @@ def test_ddim_step_is_as_in_monai(eta):
             assert apart(ddim_step(x, guess, t, t - 20, COSINE, eta, seeded()), wanted) < bound
 
 
+@pytest.mark.parametrize("t", [1, 20, 500, 980, 999])
+def test_ddpm_step_is_as_in_monai(t):
+    monai = pytest.importorskip("monai.networks.schedulers")
+    theirs = monai.DDPMScheduler(1000, schedule="cosine", prediction_type="sample", clip_sample=False)
+    guess, x = noise(3, 1, 16, 16, seed=1), noise(3, 1, 16, 16)
+    for exact, bound in ((False, 1e-3), (True, 1e-12)):     # their float32 1 - ᾱ has few digits at t = 1
+        if exact:
+            theirs.betas, theirs.alphas, theirs.alphas_cumprod = COSINE.betas, COSINE.alphas, COSINE.alphas_cumprod
+            theirs.one = torch.ones((), dtype=torch.float64)
+        wanted, _ = theirs.step(guess, t, x, generator=seeded())
+        assert apart(ddpm_step(x, guess, t, t - 1, COSINE, seeded()), wanted) < bound
+
+
 # ---------------------------------------------------------------- the walk
 
 def test_trajectory_keeps_what_was_seen():

@@ -21,7 +21,7 @@ def as_factor(
     """Make a table value multiply a map without changing the map's dtype or device."""
     if value.ndim == 0 and value.device.type == "cpu":
         return value  # a lone number adapts by itself, without a copy to the GPU
-    return value.to(x.device, x.dtype)
+    return value.to(x.dtype).to(x.device)  # in this order: Apple's GPUs have no float64
 
 # %% ../../nbs/diffusion/11_forward.ipynb #export-q-step
 def q_step(
@@ -75,7 +75,7 @@ def q_posterior(
     kept = now / before  # α between the two moments
     of_x0, of_xt = before.sqrt() * (1 - kept) / (1 - now), kept.sqrt() * (1 - before) / (1 - now)
     variance = (1 - before) / (1 - now) * (1 - kept)
-    return as_factor(of_x0, x_t) * x0 + as_factor(of_xt, x_t) * x_t, variance.to(x_t.device, x_t.dtype)
+    return as_factor(of_x0, x_t) * x0 + as_factor(of_xt, x_t) * x_t, variance.to(x_t.dtype).to(x_t.device)
 
 # %% ../../nbs/diffusion/11_forward.ipynb #export-eps-x0
 def eps_to_x0(

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'augment', 'TrainConfig', 'learning_rate', 'Average', 'bf16_gain', 'choose_precision', 'History',
-           'write_whole', 'save_checkpoint', 'load_checkpoint', 'save_weights', 'load_weights', 'check_finite',
-           'check_same_run', 'Run', 'polite_stop', 'leave', 'fit', 'due', 'live_curve']
+           'write_whole', 'save_checkpoint', 'load_checkpoint', 'save_weights', 'load_weights', 'Team', 'start_equal',
+           'average_gradients', 'spread', 'run_rows', 'each_tensor', 'check_finite', 'check_same_run', 'Run',
+           'polite_stop', 'leave', 'fit', 'resume', 'due', 'live_curve']
 
 # %% ../../nbs/diffusion/14_training.ipynb #parents
 import contextlib
@@ -18,9 +19,9 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -267,6 +268,162 @@ def load_weights(
     except (SafetensorError, KeyError, ValueError, OSError) as problem:
         raise ValueError(f"{path} is cut short or was not written by `save_weights` ({type(problem).__name__}): save or copy it again") from problem
 
+# %% ../../nbs/diffusion/14_training.ipynb #export-team
+class Team:
+    """The processes that train one model together. One process alone is a team of one.
+
+    Raises: ImportError without accelerate; ValueError if the model lies on another process's device.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str | None = None,   # of the model; None, or "cuda" without a number: this process's own
+    ):
+        self.size = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1     # torchrun sets both
+        self.rank, self.device = 0, torch.device(device or "cpu")
+        if self.size == 1:
+            return
+        on_cpu = not torch.cuda.is_available() or (device is not None and self.device.type == "cpu")
+        try:
+            here = importlib.import_module("accelerate").PartialState(cpu=on_cpu)
+        except ImportError as problem:
+            raise ImportError('training in several processes needs accelerate: pip install "calidiff_nb[dist]"') from problem
+        fits = device is None or (self.device.type == here.device.type and self.device.index in (None, here.device.index))
+        if here.num_processes != self.size or not fits:
+            raise ValueError(f"the model is on {device}, but this process (one of {self.size}) works on {here.device}: call Team first and move the model to its .device")
+        self.rank, self.device = here.process_index, here.device
+
+    @property
+    def first(self) -> bool:
+        """True in the one process that writes files and talks."""
+        return self.rank == 0
+
+    def sum(
+        self,
+        x: Shaped[Tensor, "..."],          # of the same shape in every process
+    ) -> Shaped[Tensor, "..."]:            # the same in every process
+        """Add what every process has."""
+        return x if self.size == 1 else importlib.import_module("accelerate.utils").reduce(x, "sum")
+
+    def agree(
+        self,
+        value: object,                     # plain data; looked at in the first process only
+    ) -> object:                           # what the first process has
+        """Take the first process's word for it."""
+        return value if self.size == 1 else importlib.import_module("accelerate.utils").broadcast_object_list([value])[0]
+
+    def heard(
+        self,
+        came: list[int],                   # signals that reached this process
+    ) -> int:                              # the one that all obey, 0 if none
+        """One of them was told to stop: so all stop, after the same step."""
+        order = (signal.SIGINT, signal.SIGTERM)
+        heard = self.sum(torch.tensor([float(s in came) for s in order], device=self.device))
+        return next((int(s) for s, n in zip(order, heard.tolist()) if n), 0)
+
+# %% ../../nbs/diffusion/14_training.ipynb #export-average-gradients
+def start_equal(
+    model: nn.Module,   # built in every process
+    team: Team,         # who trains it
+) -> None:
+    """Give every process the first one's weights."""
+    if team.size > 1:
+        for x in model.state_dict().values():
+            x.copy_(team.sum(x if team.first else torch.zeros_like(x)))
+
+
+def average_gradients(
+    trained: Iterable[nn.Parameter],   # after backward
+    loss: float,                       # of the whole batch, as this process sees it
+    team: Team,                        # who trains
+) -> None:
+    """The mean over processes, equation (14.3). Raises: RuntimeError if they do not see the same loss."""
+    if team.size == 1:
+        return
+    slopes = [p.grad for p in trained if p.grad is not None]
+    mine = torch.cat([*(g.flatten() for g in slopes), torch.tensor([loss], device=team.device)])
+    *mean, theirs = (team.sum(mine) / team.size).split([*(g.numel() for g in slopes), 1])
+    if abs(theirs.item() - loss) > 1e-6 + 1e-3 * abs(loss):
+        raise RuntimeError(f"the processes see different losses, here {loss:.6g}, on average {theirs.item():.6g}: draw everything in loss_step from its generator")
+    for g, m in zip(slopes, mean):
+        g.copy_(m.view_as(g))
+
+# %% ../../nbs/diffusion/14_training.ipynb #export-spread
+@contextlib.contextmanager
+def spread(
+    parts: Sequence[nn.Module],   # called with tensors whose first axis is the batch, or a multiple of it; return such tensors
+    team: Team,                   # who shares the work
+) -> Iterator[None]:
+    """While open, each process runs these parts on its own rows and gets everybody's answers.
+
+    Raises: ValueError on BatchNorm, which would see its own rows only.
+    """
+    parts = parts if team.size > 1 else ()
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for part in parts for m in part.modules()):
+        raise ValueError("a part that is shared out holds BatchNorm, which would see one process's rows only: use GroupNorm, or leave the part out of `shared`")
+    for part in parts:
+        part.forward = partial(run_rows, team, part.forward)
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part.forward        # the class's own shows again
+
+
+def run_rows(
+    team: Team,                        # who shares the work
+    forward: Callable[..., object],    # of the whole batch
+    *args: object,                     # its arguments; every tensor has the batch first
+    **kwargs: object,                  # also
+) -> object:                           # what forward returns, for the whole batch
+    """Run my rows, and put together everybody's. Raises: ValueError if the arguments have no common batch."""
+    lengths: list[int] = []
+    each_tensor(lambda x: lengths.append(len(x)), (args, kwargs))
+    n = min(lengths)
+    if n < team.size:
+        return forward(*args, **kwargs)
+    if any(m % n for m in lengths):
+        raise ValueError(f"parts in `shared` need tensors with the batch first; got first axes {lengths}")
+    low, high = (n * (team.rank + i) // team.size for i in (0, 1))
+    args, kwargs = each_tensor(lambda x: x[low * (len(x) // n) : high * (len(x) // n)], (args, kwargs))
+    mine = forward(*args, **kwargs)
+    return each_tensor(lambda y: _Whole.apply(_placed(y, low, high, n), team), mine)
+
+# %% ../../nbs/diffusion/14_training.ipynb #export-whole
+def each_tensor(
+    change: Callable[[Tensor], object],   # what to do with each
+    x: object,                            # a tensor, or tuples, lists, dicts and dataclasses of them
+) -> object:                              # the same, changed; what is no tensor stays
+    """Reach every tensor inside."""
+    if isinstance(x, Tensor):
+        return change(x)
+    if is_dataclass(x):
+        return replace(x, **{f.name: each_tensor(change, getattr(x, f.name)) for f in fields(x)})
+    if isinstance(x, dict):
+        return {k: each_tensor(change, v) for k, v in x.items()}
+    return type(x)([each_tensor(change, v) for v in x]) if isinstance(x, (tuple, list)) else x
+
+
+def _placed(y: Tensor, low: int, high: int, n: int) -> Tensor:
+    """My rows where they belong in the whole batch, zeros elsewhere."""
+    k = len(y) // (high - low)
+    return nn.functional.pad(y, [0, 0] * (y.ndim - 1) + [k * low, k * (n - high)])
+
+
+class _Whole(torch.autograd.Function):
+    """Everybody's rows; going back, everybody's slopes: equation (14.3)."""
+
+    @staticmethod
+    def forward(ctx, mine: Tensor, team: Team) -> Tensor:
+        """Where I have rows, all others have zeros."""
+        ctx.team = team
+        return team.sum(mine)
+
+    @staticmethod
+    def backward(ctx, slope: Tensor) -> tuple[Tensor, None]:
+        """What comes next may itself have been divided, so that I saw only a part."""
+        return ctx.team.sum(slope), None
+
 # %% ../../nbs/diffusion/14_training.ipynb #export-checks
 def check_finite(
     parts: dict[str, float],  # the numbers of a step
@@ -304,16 +461,20 @@ class Run:
         self,
         model: nn.Module,      # what is trained, on its device
         config: TrainConfig,   # how
+        team: Team | None = None,             # who trains it; this process alone if None
+        shared: Sequence[nn.Module] = (),     # see `fit`
     ):
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
             raise ValueError("model has nothing to train: every parameter has requires_grad=False, or there is none")
         self.model, self.config, self.trained = model, config, trained
         self.device = trained[0].device
+        self.team, self.shared = team or Team(self.device), shared or (model,)
+        start_equal(model, self.team)
         self.optimiser = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
         self.average = Average(model, config.ema)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.precision = choose_precision(config.amp, self.device)
+        self.precision = self.team.agree(choose_precision(config.amp, self.device))
         self.history, self.step = History(), 0
         self.best: dict[str, object] = {}          # value, step and weights of the best validation
 
@@ -327,7 +488,7 @@ class Run:
         self.optimiser.zero_grad()
         parts: dict[str, float] = {}
         for _ in range(self.config.accumulate):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            with spread(self.shared, self.team), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 now = loss_step(self.model, self.step, self.generator)
             if "loss" not in now:
                 raise ValueError(f"loss_step must return a dict with the key 'loss'; got {sorted(now)}")
@@ -335,6 +496,7 @@ class Run:
                 parts[name] = parts.get(name, 0.0) + float(torch.as_tensor(value).detach()) / self.config.accumulate
             check_finite(parts, self.step)
             (now["loss"] / self.config.accumulate).backward()
+        average_gradients(self.trained, parts["loss"], self.team)
         length = nn.utils.clip_grad_norm_(self.trained, self.config.clip or math.inf)
         check_finite({"gradient": float(length)}, self.step)
         self.optimiser.step()
@@ -350,8 +512,8 @@ class Run:
         """Ask `validate` about the averaged weights, remember the best, and stop when patience is spent."""
         self.average.swap(self.model)
         self.model.eval()
-        with torch.no_grad(), torch.random.fork_rng(_devices(self.device)):
-            value = float(validate(self.model))
+        with torch.no_grad(), torch.random.fork_rng(_devices(self.device)), spread(self.shared, self.team):
+            value = self.team.agree(float(validate(self.model)))
         self.average.swap(self.model)
         self.model.train()
         self.history.validation.append((self.step, value))
@@ -360,6 +522,14 @@ class Run:
         stale = sum(s > self.best["step"] for s, _ in self.history.validation)
         if self.config.patience and stale >= self.config.patience:
             self.history.stopped = f"no progress in {stale} validations; the weights are those of step {self.best['step']}"
+
+    def save(
+        self,
+        path: Path | None,             # the checkpoint, if one is kept
+    ) -> None:
+        """Write everything down, in the first process."""
+        if path is not None and self.team.first:
+            save_checkpoint(path, self.content())
 
     def content(self) -> dict[str, object]:        # for `save_checkpoint`
         """All of it, as plain data."""
@@ -435,7 +605,8 @@ def leave(
     message = f"training stopped after step {run.step} of {run.config.steps}, {where}"
     if number == signal.SIGINT:
         raise KeyboardInterrupt(message)
-    warnings.warn(message, stacklevel=3)
+    if run.team.first:
+        warnings.warn(message, stacklevel=3)
     raise SystemExit(128 + number)
 
 # %% ../../nbs/diffusion/14_training.ipynb #export-fit
@@ -447,33 +618,54 @@ def fit(
     validate: Callable[[nn.Module], float] | None = None,                       # judges the averaged weights; smaller is better
     on_step: Callable[[int, dict[str, float]], None] | None = None,             # told steps done and numbers after every step
     progress: bool = True,                                                      # show a bar with the time left
+    shared: Sequence[nn.Module] = (),                                           # under torchrun: parts of the model whose calls are shared out; the model itself if empty
 ) -> History:                                                                   # one number per step and part of the loss
     """Train `model` until `config.steps`, or until validation no longer improves.
 
     Draw everything in `loss_step` from its generator: then a resumed run equals an uninterrupted one bit for bit.
-    Raises: ValueError on a checkpoint of another run; FloatingPointError on nan; KeyboardInterrupt after saving.
+    Raises: ValueError on a checkpoint of another run; FloatingPointError on nan; KeyboardInterrupt after saving;
+    RuntimeError if several processes do not see the same loss.
     """
-    run, path = Run(model, config), None if checkpoint is None else Path(checkpoint)
+    path, stop = None if checkpoint is None else Path(checkpoint), 0
+    run = Run(model, config, shared=shared)
     with torch.random.fork_rng(_devices(run.device)), polite_stop() as came:
         torch.manual_seed(config.seed)
-        if path is not None and path.exists():
-            run.restore(load_checkpoint(path), path.name)
+        resume(run, path)
         model.train()
-        with tqdm(total=config.steps, initial=run.step, disable=not progress, unit="step") as bar:
-            while run.step < config.steps and not run.history.stopped and not came:
+        with tqdm(total=config.steps, initial=run.step, disable=not (progress and run.team.first), unit="step") as bar:
+            while run.step < config.steps and not run.history.stopped and not stop:
                 parts = run.advance(loss_step)
                 if validate is not None and (run.step % config.validate_every == 0 or run.step == config.steps):
                     run.judge(validate)
-                if path is not None and due(run):
-                    save_checkpoint(path, run.content())
-                if on_step is not None:
+                if due(run):
+                    run.save(path)
+                if on_step is not None and run.team.first:
                     on_step(run.step, parts)
                 bar.update(), bar.set_postfix(loss=f"{parts['loss']:.4g}", refresh=False)
-        if came:
-            if path is not None:
-                save_checkpoint(path, run.content())
-            leave(came[0], run, path)
+                stop = run.team.heard(came)
+        if stop:
+            run.save(path)
+            run.team.agree(None)        # nobody leaves before the file is whole
+            leave(stop, run, path)
     return run.finish()
+
+
+def resume(
+    run: Run,            # fresh
+    path: Path | None,   # the checkpoint, if one is kept; only the first process needs to see it
+) -> None:
+    """Take up the checkpoint, if there is one. Raises: ValueError if it cannot be read, in every process."""
+    found = None
+    if path is not None and run.team.first and path.exists():
+        try:
+            found = load_checkpoint(path)
+        except ValueError as problem:
+            found = problem
+    found = run.team.agree(found)
+    if isinstance(found, ValueError):
+        raise found
+    if found is not None:
+        run.restore(found, path.name)
 
 
 def due(
