@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 from test_report import make_evidence
 
+from calidiff_nb.calidiff.many import part_file
+from calidiff_nb.diffusion.training import load_weights
 from calidiff_nb.explore import cli, report
 from calidiff_nb.explore.cli import (
     DemoConfig,
     evidence_of,
     main,
     patient_key,
-    read_images,
     report_demo,
     run_demo,
     sentence_of,
@@ -284,47 +285,27 @@ def picture(path: Path, size=(16, 24), value=128, mode="L") -> None:
     Image.new(mode, size[::-1], value).save(path)
 
 
-def test_read_images_scales_and_sorts(tmp_path):
-    picture(tmp_path / "b.png", value=255)
-    picture(tmp_path / "a.png", value=0)
-    Image.fromarray(np.full((16, 24), 32768, np.uint16)).save(tmp_path / "c.png")
-    names, images = read_images(tmp_path)
-    assert names == ["a", "b", "c"] and images.shape == (3, 1, 16, 24)
-    assert images[0].max() == 0 and images[1].min() == 1 and abs(float(images[2].mean()) - 0.5) < 0.01
+def test_segment_writes_masks_and_arrays(tmp_path, capsys):
+    (tmp_path / "i").mkdir()
+    picture(tmp_path / "i" / "x.png", (32, 48))
+    picture(tmp_path / "i" / "y.png", (41, 50))
+    assert main(["segment", str(tmp_path / "i"), "--out", str(tmp_path / "o"), "--samples", "3"]) == 0
+    mask = np.asarray(Image.open(tmp_path / "o" / "masks" / "y.png"))
+    assert mask.shape == (41, 50) and set(np.unique(mask)) <= {0, 255}
+    parts, about = load_weights(part_file(tmp_path / "o", 0))
+    assert about["case_ids"] == ["x", "y"] and parts["samples/0"].shape == (3, 1, 32, 48)
+    (tmp_path / "i" / "z.png").write_text("no picture")
+    assert main(["segment", str(tmp_path / "i"), "--out", str(tmp_path / "p"), "--samples", "3"]) == 1
+    assert "1 could not be read" in capsys.readouterr().out
 
 
-def test_read_images_refuses_with_a_reason(tmp_path):
-    picture(tmp_path / "a.png", (15, 16))
-    with pytest.raises(ValueError, match="multiples of 8; got 15 × 16"):
-        read_images(tmp_path)
-    picture(tmp_path / "b.png")
-    with pytest.raises(ValueError, match="one size"):
-        read_images(tmp_path)
-    (tmp_path / "c.png").write_text("no picture")
-    with pytest.raises(ValueError, match="c.png is no picture"):
-        read_images(tmp_path / "c.png")
-
-
-def test_segment_writes_masks_and_arrays(tmp_path, monkeypatch, capsys):
-    from calidiff_nb.calidiff import model
-    found = make_evidence(b=2)
-    monkeypatch.setattr(model.CaliDiff, "from_pretrained", classmethod(lambda cls, name: Model(found)))
-    picture(tmp_path / "x.png", (32, 32))
-    assert main(["segment", str(tmp_path), "--out", str(tmp_path / "o")]) == 0
-    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["segmentation.npz", "x_consensus.png"]
-    mask = np.asarray(Image.open(tmp_path / "o" / "x_consensus.png"))
-    assert set(np.unique(mask)) == {0, 255}
-    with np.load(tmp_path / "o" / "segmentation.npz") as z:
-        assert list(z["case_ids"]) == ["x"] and z["samples"].ndim == 5
-
-
-def test_calibrate_writes_arrays_and_page(tmp_path, monkeypatch, capsys):
-    from calidiff_nb.calidiff import model
+def test_calibrate_writes_arrays_masks_and_page(tmp_path, monkeypatch, capsys):
     from calidiff_nb.raters.folders import save_cohort
-    found = make_evidence(b=3)
-    monkeypatch.setattr(model.CaliDiff, "from_pretrained", classmethod(lambda cls, name: Model(found)))
+    from calidiff_nb.raters.simulate import make_cohort
     monkeypatch.setattr(report, "picture_html", lambda picture: "")
-    save_cohort(found.cohort, tmp_path / "c.npz")
-    assert main(["calibrate", str(tmp_path / "c.npz"), "--out", str(tmp_path / "o")]) == 0
-    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["calibration.npz", "index.html"]
-    assert "Note: Beware of the test." in capsys.readouterr().out
+    save_cohort(make_cohort("unequal", 5, seed=3), tmp_path / "c.npz")
+    job = ["calibrate", str(tmp_path / "c.npz"), "--out", str(tmp_path / "o"), "--batch", "3"]
+    assert main(job) == 0
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["index.html", "masks", "parts", "verdict.safetensors"]
+    assert "5 cases done." in capsys.readouterr().out
+    assert main(job) == 0 and "5 had been done before" in capsys.readouterr().out

@@ -371,13 +371,14 @@ class CaliDiff(nn.Module):
         train, valid = annotated(train), annotated(valid)
         c, where = self.config, None if checkpoint is None else Path(checkpoint)
         plan = TrainConfig(steps=c.joint_steps, lr=c.lr, seed=c.seed)
-        out = {"joint": fit(self, joint_step(train, c), plan, where and where / "joint.pt", progress=progress), "monitors": History()}
+        shared = (self.net.encoder, self.net)  # what several processes share out
+        out = {"joint": fit(self, joint_step(train, c), plan, where and where / "joint.pt", progress=progress, shared=shared), "monitors": History()}
         self.watch(valid, out, on_stage)
         memory, steps = None, c.committee_steps // c.rounds
         for n in range(c.rounds if steps else 0):
             memory = remember(memory, conclude(self, train), c.momentum)
             name, plan = f"committee {n + 1}", TrainConfig(steps=steps, lr=c.lr / 4, seed=c.seed + 1 + n)
-            out[name] = fit(self, committee_step(train, memory, c), plan, where and where / f"committee-{n + 1}.pt", progress=progress)
+            out[name] = fit(self, committee_step(train, memory, c), plan, where and where / f"committee-{n + 1}.pt", progress=progress, shared=shared)
             self.watch(valid, out, on_stage)
         return out
 

@@ -8,7 +8,9 @@ __all__ = ['RATER_COLOURS', 'RATER_LINES', 'THEMES', 'GOOD', 'BAD', 'TRUTH_LINE'
            'show_disagreement_by_size', 'show_schedule', 'filmstrip', 'show_trajectory', 'show_step',
            'show_effective_raters', 'show_retention', 'show_expertness', 'show_calibration', 'show_attention',
            'show_pseudo_truth', 'show_reliability', 'show_samples', 'verdict', 'show_benchmark', 'show_learning',
-           'quality_vs_steps', 'as_png', 'data_uri', 'player_html']
+           'quality_vs_steps', 'Board', 'show_notice', 'DenoiseState', 'Walk', 'show_denoising', 'ExploreState',
+           'Opinions', 'show_opinions', 'ScheduleState', 'ScheduleView', 'show_schedule_lab', 'RoomState', 'Room',
+           'show_room', 'DrawState', 'Drawn', 'show_drawn', 'as_png', 'data_uri', 'player_html']
 
 # %% ../../nbs/explore/40_figures.ipynb #parents
 import base64
@@ -17,13 +19,15 @@ import io
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from contourpy import contour_generator
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import Collection
+from matplotlib.collections import Collection, LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -34,7 +38,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from PIL import Image
 from torch import Tensor
 
-from ..raters.agreement import disagreement_map, soft_vote, vote_entropy
+from ..raters.agreement import disagreement_map, majority_vote, soft_vote, vote_entropy
+from ..raters.distance import signed_distance
+from ..raters.metrics import dice
 
 # %% ../../nbs/explore/40_figures.ipynb #export-palette
 RATER_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a8f98")   # Okabe and Ito; their yellow is kept for verdicts
@@ -89,14 +95,33 @@ class Picture(Figure):
     def png(
         self,
         dpi: int = 80,         # dots per inch: 80 for a notebook, 120 or more for a page
-    ) -> bytes:                # a PNG file with a palette
+        colours: int | None = 256,   # size of the palette; None: true colour, larger and three times as quick
+    ) -> bytes:                # a PNG file
         """Draw as a small PNG."""
-        if not isinstance(self.canvas, FigureCanvasAgg): FigureCanvasAgg(self)
-        raw, small = io.BytesIO(), io.BytesIO()
-        self.savefig(raw, format="png", dpi=dpi, facecolor=self.get_facecolor())
+        out, pixels = io.BytesIO(), self._pixels(dpi)
+        if colours is None: pixels.save(out, "png", compress_level=1)
+        else: pixels.quantize(colours, dither=Image.Dither.NONE).save(out, "png", optimize=True)
+        return out.getvalue()
+
+    def webp(
+        self,
+        dpi: int = 80,         # dots per inch
+        quality: int = 60,     # 0 … 100; outlines stay clean above 50
+    ) -> bytes:                # a WebP file, half the size of a PNG
+        """Draw for a player that must stay small."""
+        out = io.BytesIO()
+        self._pixels(dpi).save(out, "webp", quality=quality, method=6)
+        return out.getvalue()
+
+    def _pixels(self, dpi: int) -> Image.Image:
+        before = self.dpi
+        self.set_dpi(dpi)
+        canvas = FigureCanvasAgg(self)
+        canvas.draw()
         self.stands = True
-        Image.open(raw).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "png", compress_level=6)
-        return small.getvalue()
+        picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+        self.set_dpi(before)
+        return picture
 
     def without_words(self) -> "Picture":   # the same picture, title and caption gone from the drawing
         """Take title and caption off the drawing, for a page that sets them as text."""
@@ -130,7 +155,7 @@ class Picture(Figure):
         floor = (self.words_height + self.keys_height) / height
         if self.get_layout_engine() is not None: self.get_layout_engine().set(rect=(0, floor, 1, 1 - floor))
 
-    def _repr_png_(self) -> bytes: return self.png()
+    def _repr_png_(self) -> bytes: return _frugal(self._pixels(68))
 
 # %% ../../nbs/explore/40_figures.ipynb #export-recolour
 def _recolour(artist, inks: dict, pages: dict) -> None:
@@ -143,6 +168,30 @@ def _recolour(artist, inks: dict, pages: dict) -> None:
     if isinstance(artist, Collection) and len(artist.get_edgecolor()) == 1:
         new = inks.get(tuple(artist.get_edgecolor()[0][:3]))
         if new is not None: artist.set_edgecolor(new)
+
+# %% ../../nbs/explore/40_figures.ipynb #export-frugal
+def _house_colours() -> np.ndarray:
+    greys, parts = np.linspace(0, 255, 16)[:, None].repeat(3, 1), [colormaps[name](np.linspace(0, 1, 12))[:, :3] * 255 for name in ("cividis", "magma", "PuOr")]
+    full = np.array([to_rgb(c) for c in (*RATER_COLOURS, VERDICT_LINE["color"])]) * 255
+    tints = [full + (255 - full) * share for share in (1 / 3, 2 / 3)] + [full * share for share in (0.5, 0.75)]
+    pages = [[255 * v for v in to_rgb(c)] for look in THEMES.values() for c in (look.page, look.ink, look.quiet)]
+    return np.concatenate([full, pages, greys, *parts, *tints]).round().astype(np.uint8)
+
+def _frugal(pixels: Image.Image) -> bytes:
+    """A small PNG in the colours of the house; in 16 of them where that changes hardly anything."""
+    table, out = _house_colours(), io.BytesIO()
+    drawn = pixels.quantize(palette=_palette(table), dither=Image.Dither.NONE)
+    counts = np.bincount(np.asarray(drawn).ravel(), minlength=len(table))[: len(table)]
+    counts[: len(RATER_COLOURS) + 1] *= 50                       # a line is thin, and the point of the picture
+    chosen = np.argsort(-counts, kind="stable")[:16]
+    if counts[chosen].sum() > 0.985 * counts.sum(): drawn = pixels.quantize(palette=_palette(table[chosen]), dither=Image.Dither.NONE)
+    drawn.save(out, "png", optimize=True)
+    return out.getvalue()
+
+def _palette(table: np.ndarray) -> Image.Image:
+    holder = Image.new("P", (1, 1))
+    holder.putpalette(table.tobytes())
+    return holder
 
 # %% ../../nbs/explore/40_figures.ipynb #export-canvas
 def new_picture(
@@ -1002,12 +1051,575 @@ def _enough_sentence(x: np.ndarray, curves: Mapping[str, np.ndarray], higher: bo
         words.append(f"{name} is within 5 % of its range from its best at {x[np.argmax(near)]:.0f} calls")
     return "; ".join(words) + "."
 
+# %% ../../nbs/explore/40_figures.ipynb #export-board
+class Board(Picture):
+    """A picture whose panels share one set of axes, in inches from its upper left corner: quick to draw."""
+    body: tuple[float, float] = (6.4, 2.0)   # width and height without the words, inches
+
+    def without_words(self) -> "Board":      # the same board, title and caption gone from the drawing
+        """Take title and caption off, for a widget that sets them as text."""
+        for text in list(self.texts): text.remove()
+        self.words_height = 0.0
+        self.set_figheight(self.body[1])
+        self._place()
+        return self
+
+    def chart(
+        self,
+        x: float,              # inches from the left to the chart's box
+        y: float,              # inches from the top of the body
+        width: float,          # of the box, inches
+        height: float,         # of the box, inches
+    ) -> Axes:
+        """Open ordinary axes on the board."""
+        ax = self.add_axes((0, 0, 1, 1))
+        ax.inches = (x, y, width, height)
+        _dress(ax, self.look)
+        self._place()
+        return ax
+
+    def _place(self) -> None:
+        total = self.get_figheight()
+        for ax in self.axes:
+            x, y, w, h = ax.inches
+            ax.set_position((x / self.body[0], (self.words_height + self.body[1] - y - h) / total, w / self.body[0], h / total))
+
+def _new_board(title: str, caption: str, width: float, height: float, theme: str) -> tuple[Board, Axes, Theme]:
+    look, caption = theme_of(theme), _capital(caption).replace(" %", "\u00a0%")
+    lines = textwrap.wrap(caption, int(width * 14.8), break_on_hyphens=False)
+    words = 0.12 + 0.16 * len(lines)
+    fig = Board(figsize=(width, height + words + 0.28), facecolor=look.page)
+    fig.title_text, fig.caption, fig.look, fig.body, fig.words_height = title, caption, look, (width, height), words
+    fig.text(0.01, 1 - 0.08 / fig.get_figheight(), title, va="top", fontsize=10, fontweight="bold", color=look.ink)
+    fig.text(0.01, (words - 0.05) / fig.get_figheight(), "\n".join(lines), va="top", fontsize=8.5, color=look.ink)
+    ax = fig.add_axes((0, 0, 1, 1))
+    ax.set(xlim=(0, width), ylim=(height, 0), autoscale_on=False)
+    ax.set_axis_off()
+    ax.inches = (0, 0, width, height)
+    fig._place()
+    return fig, ax, look
+
+# %% ../../nbs/explore/40_figures.ipynb #export-tiles
+@dataclass(frozen=True, eq=False)
+class _Tile:
+    rgb: np.ndarray        # (h, w, 3), [0, 1]
+    word: str              # above it
+    lines: tuple = ()      # (field, level, style, width) of each outline
+    light: bool = False    # outlines on a bright field: no dark halo
+
+def _grey(image: Tensor) -> np.ndarray:
+    picture = np.clip(_array(image), 0, 1)
+    return np.moveaxis(picture, 0, -1) if len(picture) == 3 else np.repeat(picture[0][..., None], 3, -1)
+
+def _coloured(field: np.ndarray, colours, low: float, high: float) -> np.ndarray:
+    return colours((field - low) / max(high - low, 1e-9))[..., :3]
+
+def _signed(field: np.ndarray, word: str, reach: float = 1.0, outlined: bool = True) -> _Tile:
+    seen = outlined and field.min() < 0 < field.max() and _is_smooth(field)
+    lines = ((field, 0.0, {"color": "black", "linestyle": "solid"}, 1.2),) if seen else ()
+    return _Tile(_coloured(field, DISTANCE_MAP, -reach, reach), word, lines, True)
+
+def _tile(ax, look: Theme, tile: _Tile, window: tuple, x: float, y: float, side: float) -> None:
+    left, right, bottom, top = (int(round(v + 0.5)) for v in window)
+    scale = side / max(right - left, bottom - top)
+    w, h = (right - left) * scale, (bottom - top) * scale
+    ax.imshow(tile.rgb[top:bottom, left:right], extent=(x, x + w, y + h, y), interpolation="nearest", aspect="auto")
+    ax.text(x, y - 0.045, tile.word, fontsize=8.5, color=look.ink, va="baseline")
+    for field, level, style, width in tile.lines:
+        cut = field[top:bottom, left:right]
+        if cut.min() < level < cut.max():
+            runs = [np.array([x, y]) + (run + 0.5) * scale for run in contour_generator(z=cut).lines(level)]
+            halo = [] if tile.light else _halo(width + 1.0)
+            ax.add_collection(LineCollection(runs, colors=[style["color"]], linestyles=[style["linestyle"]], linewidths=width, path_effects=halo), autolim=False)
+
+def _tiles(ax, look: Theme, tiles: Sequence[_Tile], window: tuple, y: float, width: float, most: float = 1.7) -> float:
+    """Draw a row of panels, their words above; returns where the row ends."""
+    side = _side(len(tiles), width, most)
+    for i, tile in enumerate(tiles): _tile(ax, look, tile, window, 0.06 + i * (side + 0.08), y + 0.2, side)
+    return y + 0.2 + side
+
+def _side(n: int, width: float, most: float) -> float: return min(most, (width - 0.12 - 0.08 * (n - 1)) / n)
+
+# %% ../../nbs/explore/40_figures.ipynb #export-keys
+def _keys(ax, look: Theme, entries: Sequence[tuple[str, dict]], y: float, width: float) -> float:
+    """Write the key below the panels, as many to a line as fit; returns where it ends."""
+    x = 0.06
+    for name, style in entries:
+        needs = 0.5 + 0.066 * len(name)
+        if x + needs > width: x, y = 0.06, y + 0.17
+        bare = style["color"] == "none"
+        ax.plot([x, x + 0.34], [y, y], linewidth=2, solid_capstyle="butt", path_effects=[] if bare else _halo(3.2), **style)
+        ax.text(x + 0.4, y, name, fontsize=8, color=look.quiet if bare else look.ink, va="center")
+        x += needs + 0.1
+    return y + 0.14
+
+def _rater_keys(names: Sequence[str], here: Sequence[bool], word: str, truth: bool, verdict: str = "") -> list[tuple[str, dict]]:
+    keys = [(name if here[r] else f"{name} ({word})", rater_style(r) if here[r] else {"color": "none"}) for r, name in enumerate(names)]
+    keys += [("known truth", TRUTH_LINE)] if truth else []
+    return keys + ([(verdict, VERDICT_LINE)] if verdict else [])
+
+def _lanes(ax, look: Theme, rows: Sequence[tuple[str, float, str, str]], x: float, y: float, width: float, unit: str, low: float = 0.5, high: float = 1.0) -> float:
+    """Draw one dot a row on a common scale, its number beside it; returns where the last row ends."""
+    reserved = min(0.12 + 0.066 * max((len(name) for name, *_ in rows), default=0), 0.55 * width)
+    a, b = x + reserved, x + width - 0.42
+    at = lambda v: a + (b - a) * min(max((v - low) / (high - low), 0), 1)
+    ax.text(x, y, unit, fontsize=8.5, color=look.ink, va="center")
+    for i, (name, value, mark, colour) in enumerate(rows):
+        row = y + 0.19 * (i + 1)
+        ax.plot([a, b], [row, row], color=look.quiet, linewidth=0.7, alpha=0.6)
+        ax.text(a - 0.06, row, name, fontsize=8, color=look.ink, ha="right", va="center")
+        ax.text(b + 0.08, row, f"{value:.2f}" if np.isfinite(value) else "–", fontsize=8, color=look.ink, va="center")
+        if np.isfinite(value): ax.plot([at(value)], [row], marker=mark, markersize=6, color=colour, markeredgecolor=look.ink, markeredgewidth=0.5)
+    end = y + 0.19 * len(rows) + 0.18
+    for v, side in ((low, "left"), (high, "right")): ax.text(at(v), end, f"{v:g}", fontsize=7, color=look.quiet, ha=side, va="center")
+    return end + 0.08
+
+def _overlap(a: np.ndarray, b: np.ndarray) -> float:
+    total = a.sum() + b.sum()
+    return float(2 * (a & b).sum() / total) if total else 1.0
+
+# %% ../../nbs/explore/40_figures.ipynb #export-notice
+def show_notice(
+    sentence: str,         # what is missing, and what to do
+    title: str = "Nothing to show yet",  # heading
+    theme: str = "light",  # light or dark
+) -> Board:
+    """Show a sentence in the place of a picture."""
+    fig, ax, look = _new_board(title, sentence, 6.4, 0.5, theme)
+    ax.text(0.1, 0.25, "\n".join(textwrap.wrap(sentence, 95)), fontsize=9, color=look.ink, va="center")
+    return fig
+
+# %% ../../nbs/explore/40_figures.ipynb #export-denoise-state
+@dataclass(frozen=True)
+class DenoiseState:
+    """What a walk back was asked for, and where on it we stand."""
+    case: int = 0                # which case
+    denoiser: str = "learned"    # "learned" or "exact"
+    token: str = "anybody"       # whom it speaks for: "anybody", "consensus" or a rater's name
+    start: str = "noise"         # "noise", or the name of the rater whose mask is noised
+    level: int = 600             # step to which that mask is noised
+    sampler: str = "DDIM"        # DDIM, DDPM, DPM-Solver++ or Heun
+    steps: int = 10              # steps back
+    seed: int = 0                # of all noise
+    frame: int = 0               # 0 is the start, `steps` the end
+    structure: int = 0           # which structure is shown
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """A walk back through the noise, with everything seen on the way. Network units, negative inside."""
+    image: Float[Tensor, "c h w"]            # the scan, [0, 1]
+    states: Float[Tensor, "m k h w"]         # x_t before each step, and last the result
+    predictions: Float[Tensor, "n k h w"]    # what each of them was taken for; n = m - 1
+    timesteps: Int[Tensor, "n"]              # their steps, falling
+    kept: Float[Tensor, "n"]                 # ᾱ at those steps
+    wanted: UInt8[Tensor, "k h w"] | None = None   # the outline it is compared with, {0, 1}
+    wanted_name: str = "known truth"         # what that outline is
+    begun: UInt8[Tensor, "k h w"] | None = None    # the mask that was noised, {0, 1}
+    begun_rater: int = 0                     # whose it is
+    candidates: Float[Tensor, "n"] | None = None   # raters still possible at each step, for the exact denoiser
+
+    def belief(
+        self,
+        frame: int,        # 0 … n
+        structure: int,    # which structure
+    ) -> Float[Tensor, "h w"]:
+        """What is believed at this moment; at the end, the result itself."""
+        return self.predictions[frame, structure] if frame < len(self.predictions) else self.states[-1, structure]
+
+    def numbers(
+        self,
+        state: DenoiseState,   # where we stand
+    ) -> dict[str, float]:
+        """Say in numbers what the picture shows."""
+        i, end = state.frame, len(self.timesteps)
+        inside = _array(self.belief(i, state.structure)) < 0
+        out = {"step": i, "of": end, "t": int(self.timesteps[i]) if i < end else -1, "signal kept": float(self.kept[i]) if i < end else 1.0, "area (px)": int(inside.sum())}
+        if self.candidates is not None: out["raters still possible"] = float(self.candidates[i] if i < end else self.candidates[-1])
+        return out if self.wanted is None else out | {"Dice": _overlap(inside, _array(self.wanted[state.structure]) > 0)}
+
+# %% ../../nbs/explore/40_figures.ipynb #export-show-denoising
+def show_denoising(
+    state: DenoiseState,   # what was asked, and which frame
+    walk: Walk,            # the walk it led to
+    theme: str = "light",  # light or dark
+) -> Board:                # x_t, the predicted x_0, the change, the outline over the scan; the belief's quality step by step
+    """Show one moment of a walk back.
+
+    Raises: ValueError if the frame lies outside the walk.
+    """
+    i, k, end = state.frame, state.structure, len(walk.predictions)
+    if not 0 <= i <= end: raise ValueError(f"frame must lie in 0..{end} for a walk of {end} steps; got {i}")
+    now, belief, after = (_array(x) for x in (walk.states[i, k], walk.belief(i, k), walk.states[min(i + 1, end), k]))
+    fig, ax, look = _new_board("Walking back from noise", _moment_sentence(state, walk), 7.2, 3.1, theme)
+    lines = _reference_lines(walk, k) + ((belief, 0.0, VERDICT_LINE, 1.8),)
+    tiles = [_signed(now, f"state $x_t$,  t = {int(walk.timesteps[i])}" if i < end else "the result"), _signed(belief, "predicted $x_0$"),
+             _signed(after - now, "what the step changes", outlined=False), _Tile(_grey(walk.image), "predicted outline", lines)]
+    foot = _tiles(ax, look, tiles, _window(belief, None), 0, 7.2, 1.72)
+    keys = [(walk.wanted_name, TRUTH_LINE)] if walk.wanted is not None else []
+    if walk.begun is not None: keys.append((f"the mask that was noised ({state.start})", rater_style(walk.begun_rater)))
+    foot = _keys(ax, look, [*keys, ("predicted outline", VERDICT_LINE)], foot + 0.16, 7.2)
+    _timeline(ax, look, *_quality(walk, k), i, foot + 0.22, 7.2)
+    return fig
+
+def _reference_lines(walk: Walk, k: int) -> tuple:
+    lines = () if walk.wanted is None else ((_array(walk.wanted[k]), 0.5, TRUTH_LINE, 2.4),)
+    return lines if walk.begun is None else (*lines, (_array(walk.begun[k]), 0.5, rater_style(walk.begun_rater), 1.6))
+
+def _quality(walk: Walk, k: int) -> tuple[list[float], str]:
+    inside = [_array(walk.belief(i, k)) < 0 for i in range(len(walk.predictions) + 1)]
+    if walk.wanted is None: return [m.sum() / max(max(x.sum() for x in inside), 1) for m in inside], "area of the belief (share of the largest)"
+    return [_overlap(m, _array(walk.wanted[k]) > 0) for m in inside], f"Dice of the belief to the {walk.wanted_name}"
+
+def _timeline(ax, look: Theme, values: list[float], word: str, i: int, y: float, width: float) -> None:
+    x = np.linspace(0.3, width - 0.3, len(values))
+    h = y + 0.5 * (1 - np.array(values))
+    ax.text(0.06, y - 0.13, word, fontsize=8.5, color=look.ink)
+    for level, v in ((y, "1"), (y + 0.5, "0")):
+        ax.plot([0.3, width - 0.3], [level, level], color=look.quiet, linewidth=0.7, alpha=0.6)
+        ax.text(0.24, level, v, fontsize=7, color=look.quiet, ha="right", va="center")
+    ax.plot(x, h, color=GOOD, linewidth=1.6, marker="o", markersize=3.5)
+    ax.plot([x[i]], [h[i]], marker="o", markersize=9, color=GOOD, markeredgecolor=look.ink, markeredgewidth=1.2)
+    for j in {0, i, len(values) - 1}: ax.text(x[j], y + 0.66, "start" if j == 0 else "end" if j == len(values) - 1 else str(j), fontsize=7.5, color=look.ink, ha="center", va="center")
+
+def _moment_sentence(state: DenoiseState, walk: Walk) -> str:
+    n = walk.numbers(state)
+    dice = f", Dice {n['Dice']:.2f} to the {walk.wanted_name}" if "Dice" in n else ""
+    possible = f" {n['raters still possible']:.1f} raters are still possible." if "raters still possible" in n else ""
+    if n["step"] == n["of"]: return f"The end, after {n['of']} steps: {n['area (px)']} px lie inside{dice}."
+    return f"Step {n['step'] + 1} of {n['of']}, t = {n['t']}: {_percent(n['signal kept'])} of the power is signal; {n['area (px)']} px are believed inside{dice}.{possible}"
+
+# %% ../../nbs/explore/40_figures.ipynb #export-opinions
+@dataclass(frozen=True)
+class ExploreState:
+    """Which case is looked at, who is heard, and how they are changed."""
+    case: int = 0                    # place in the chosen order
+    order: str = "as stored"         # "as stored", "most disputed first" or "least disputed first"
+    threshold: float = 0.5           # share of votes from which the vote says inside
+    hidden: tuple[int, ...] = ()     # raters switched off
+    bias: tuple[float, ...] = ()     # px added to each rater's outlines in every case, positive draws larger; () is nothing
+    structure: int = 0               # which structure is shown
+
+@dataclass(frozen=True, eq=False)
+class Opinions:
+    """A case, what its raters said, and what came of it. One structure."""
+    image: Float[Tensor, "c h w"]            # the scan, [0, 1]
+    masks: UInt8[Tensor, "r h w"]            # as drawn, biases included, {0, 1}
+    present: Bool[Tensor, "r"]               # who is heard
+    names: tuple[str, ...]                   # of the raters
+    vote: Float[Tensor, "h w"]               # share of votes, [0, 1]
+    staple: Float[Tensor, "h w"]             # probability by STAPLE, [0, 1]
+    pseudo: Float[Tensor, "h w"] | None = None   # probability by the committee, [0, 1]; None without a model
+    truth: UInt8[Tensor, "h w"] | None = None    # known truth, {0, 1}
+    trust: tuple[float, ...] = ()            # the committee's weight of each rater
+    label: str = ""                          # name of the case
+    note: str = ""                           # what a reader must know
+
+    def verdicts(
+        self,
+        threshold: float = 0.5,    # of the vote
+    ) -> dict[str, Bool[Tensor, "h w"]]:
+        """The masks that each way of counting ends with."""
+        votes = self.vote >= threshold - 1e-6                      # a tie counts here, and not in the majority
+        out = {"majority": self.vote > 0.5, f"vote ≥ {threshold:.0%}": votes & (self.vote > 0), "STAPLE": self.staple > 0.5}
+        return out if self.pseudo is None else out | {"pseudo-truth": self.pseudo > 0.5}
+
+    def numbers(
+        self,
+        state: ExploreState,   # what was asked
+    ) -> dict[str, float]:
+        """Dice of each verdict to the known truth, or to the raters where none is known; and the disputed share."""
+        masks = self.verdicts(state.threshold)
+        heard = [_array(m) > 0 for m in self.masks[self.present]]
+        if self.truth is not None: out = {name: _overlap(_array(m) > 0, _array(self.truth) > 0) for name, m in masks.items()}
+        else: out = {name: float(np.mean([_overlap(_array(m) > 0, h) for h in heard])) if heard else float("nan") for name, m in masks.items()}
+        marked = self.vote > 0
+        return out | {"disputed": float((marked & (self.vote < 1)).sum() / marked.sum().clamp(min=1))}
+
+# %% ../../nbs/explore/40_figures.ipynb #export-show-opinions
+def show_opinions(
+    state: ExploreState,   # threshold and switches
+    data: Opinions,        # the case
+    theme: str = "light",  # light or dark
+) -> Board:                # raters, votes, three verdicts; their Dice
+    """Show what each way of counting makes of the masks."""
+    here, names = data.present.tolist(), list(data.names)
+    marks, shown = _array(data.masks), data.verdicts(state.threshold)
+    window = _window((marks[data.present.numpy()].any(0) if any(here) else marks[0] > 0) | (_array(data.truth) > 0 if data.truth is not None else False), 5)
+    truth = () if data.truth is None else ((_array(data.truth), 0.5, TRUTH_LINE, 2.4),)
+    outlines = tuple((marks[r], 0.5, rater_style(r), 1.5) for r in range(len(marks)) if here[r])
+    grey, vote = _grey(data.image), _array(data.vote)
+    tiles = [_Tile(grey, "the raters", truth + outlines), _Tile(_coloured(vote, colormaps["cividis"], 0, 1), f"share of votes, {state.threshold:.0%} line", ((vote, state.threshold - 1e-6, VERDICT_LINE, 1.6),))]
+    tiles += [_Tile(grey, name, truth + ((_array(m).astype(float), 0.5, VERDICT_LINE, 1.8),)) for name, m in shown.items()]
+    keys = _rater_keys(names, here, "not heard", data.truth is not None, "verdict")
+    side, width = _side(len(tiles), 7.6, 1.6), 7.6
+    scores = [(n, v) for n, v in data.numbers(state).items() if n != "disputed"]
+    fig, ax, look = _new_board(f"Case {data.label}" if data.label else "One case", _opinion_sentence(state, data), width, side + 0.95 + 0.19 * max(len(scores), len(data.trust)) + 0.17 * _lines_of(keys, width), theme)
+    foot = _keys(ax, look, keys, _tiles(ax, look, tiles, window, 0, width, 1.6) + 0.16, width)
+    rows = [(name, value, "osD^v"[i % 5], VERDICT_LINE["color"] if name == "pseudo-truth" else GOOD) for i, (name, value) in enumerate(scores)]
+    wide = 3.6 if data.trust else width - 0.12
+    _lanes(ax, look, rows, 0.06, foot + 0.14, wide, "Dice to the known truth" if data.truth is not None else "mean Dice to the raters heard")
+    if data.trust: _lanes(ax, look, [(n, data.trust[r], "s", rater_style(r)["color"]) for r, n in enumerate(names)], 4.0, foot + 0.14, width - 4.06, "whom the committee trusts", 0.0, 1.0)
+    return fig
+
+def _lines_of(entries: Sequence[tuple[str, dict]], width: float) -> int:
+    x, lines = 0.06, 1
+    for name, _ in entries:
+        needs = 0.5 + 0.066 * len(name)
+        if x + needs > width: x, lines = 0.06, lines + 1
+        x += needs + 0.1
+    return lines
+
+def _opinion_sentence(state: ExploreState, data: Opinions) -> str:
+    if not data.present.any(): return "Nobody is heard: switch a rater on."
+    n = data.numbers(state)
+    scores = ", ".join(f"{name} {value:.2f}" for name, value in n.items() if name != "disputed")
+    to = "to the known truth" if data.truth is not None else "to the raters heard, on average"
+    return f"{_percent(n['disputed'])} of the marked pixels are disputed. Dice {to}: {scores}. {data.note}".strip()
+
+# %% ../../nbs/explore/40_figures.ipynb #export-lab
+@dataclass(frozen=True)
+class ScheduleState:
+    """A schedule to be bent, and the moment looked at."""
+    kind: str = "cosine"     # cosine, linear or sigmoid
+    signal: float = 1.0      # factor on the signal before it is noised: below 1 forgets earlier
+    steep: float = 1.0       # power of time: above 1 forgets later and faster
+    t: int = 400             # step looked at, 0 = least noise
+    case: int = 0            # which case
+    seed: int = 0            # of the noise
+    structure: int = 0       # which structure is shown
+
+@dataclass(frozen=True, eq=False)
+class ScheduleView:
+    """What a bent schedule does to a mask. Network units, negative inside."""
+    kept: Float[Tensor, "T"]             # ᾱ of the bent schedule
+    straight: Float[Tensor, "T"]         # ᾱ of the schedule it was bent from
+    moments: Int[Tensor, "n"]            # steps shown
+    noisy: Float[Tensor, "n h w"]        # x_t at those steps
+    now: Float[Tensor, "h w"]            # x_t at the step looked at
+    possible: Float[Tensor, "n"]         # raters still possible at those steps
+    calls: Int[Tensor, "m"]              # lengths of the short walks
+    miss: Float[Tensor, "m"]             # their distance from a long walk, px
+    miss_straight: Float[Tensor, "m"]    # the same with the straight schedule
+
+    def numbers(
+        self,
+        state: ScheduleState,    # the step looked at
+    ) -> dict[str, float]:
+        """Say in numbers what the picture shows."""
+        a = float(self.kept[state.t])
+        odds = a / max(1 - a, 1e-12)
+        return {"signal kept": a, "signal to noise (dB)": 10 * float(np.log10(max(odds, 1e-12))), "half gone at t": int((self.kept > 0.5).sum()), "left at the end": float(self.kept[-1]),
+                f"miss at {int(self.calls[0])} calls (px)": float(self.miss[0]), f"miss at {int(self.calls[-1])} calls (px)": float(self.miss[-1])}
+
+# %% ../../nbs/explore/40_figures.ipynb #export-show-lab
+def show_schedule_lab(
+    state: ScheduleState,    # the bend, and the step looked at
+    view: ScheduleView,      # what it does
+    theme: str = "light",    # light or dark
+) -> Board:                  # signal, ratio, cost; the mask at seven moments and at t
+    """Show a bent schedule beside the straight one, and what the bend costs."""
+    fig, ax, look = _new_board("Bending a schedule", _bend_sentence(state, view), 7.2, 3.25, theme)
+    bent, straight = _array(view.kept), _array(view.straight)
+    t = np.arange(len(bent))
+    decibel = lambda a: 10 * np.log10(np.clip(a, 1e-6, 1 - 1e-6) / (1 - np.clip(a, 1e-6, 1 - 1e-6)))
+    left, middle, right = (fig.chart(0.5 + 2.42 * i, 0.08, 1.78, 1.32) for i in range(3))
+    for chart, curve, unit in ((left, lambda a: a, "signal kept ᾱ"), (middle, decibel, "signal to noise (dB)")):
+        chart.plot(t, curve(straight), **rater_style(1), linewidth=1.4)
+        chart.plot(t, curve(bent), **rater_style(0), linewidth=2)
+        chart.plot([state.t], [curve(bent)[state.t]], marker="o", markersize=7, color=rater_style(0)["color"], markeredgecolor=look.ink)
+        chart.set(xlabel="step t", ylabel=unit)
+    calls = _array(view.calls)
+    for i, values in ((1, view.miss_straight), (0, view.miss)): right.plot(calls, _array(values), **rater_style(i), linewidth=1.8, marker="so"[i], markersize=4)
+    right.set(xlabel="calls", ylabel="miss (px)", ylim=(0, None), xticks=calls)
+    foot = _keys(ax, look, [("bent", rater_style(0)), (f"straight {state.kind}", rater_style(1))], 1.9, 7.2)
+    window = _window(np.ones(tuple(view.now.shape)), None)
+    tiles = [_signed(_array(x), f"t = {int(s)}") for s, x in zip(view.moments, view.noisy)] + [_signed(_array(view.now), f"here: {state.t}")]
+    _tiles(ax, look, tiles, window, foot + 0.06, 7.2)
+    return fig
+
+def _bend_sentence(state: ScheduleState, view: ScheduleView) -> str:
+    n = view.numbers(state)
+    few, many = int(view.calls[0]), int(view.calls[-1])
+    end = "nothing is left of the mask" if n["left at the end"] < 1e-4 else f"{_percent(n['left at the end'], 2)} of the mask's power is left, so pure noise is a wrong start"
+    undecided = (view.possible > 1.1) & (view.possible < float(view.possible.max()) - 0.1)
+    return (f"At t = {state.t} the signal keeps {_percent(n['signal kept'])} of the power ({n['signal to noise (dB)']:.1f} dB); half is gone at t = {n['half gone at t']}. At the end {end}. "
+            f"The raters are being told apart in {int(undecided.sum())} of {len(view.possible)} shown moments. {few} calls miss a long walk by {float(view.miss[0]):.2f} px, {many} by {float(view.miss[-1]):.2f} px.")
+
+# %% ../../nbs/explore/40_figures.ipynb #export-room
+@dataclass(frozen=True)
+class RoomState:
+    """Who sits at the table, how much he is believed, and which stages work."""
+    case: int = 0                    # which case
+    silenced: tuple[int, ...] = ()   # raters who do not speak
+    trust: tuple[float, ...] = ()    # factor on each rater's expertness, 1 is what was measured; () leaves all as they are
+    align: bool = True               # Expertness Consistent Alignment
+    fusion: bool = True              # attention fusion; False: least squares alone
+    consensus: bool = True           # the image's own consensus; False: the weighted raters that it predicts
+    adversary: bool = False          # the critic speaks at the table, too
+    structure: int = 0               # which structure is shown
+
+@dataclass(frozen=True, eq=False)
+class Room:
+    """What the committee made of one case. One structure; distances in px, negative inside."""
+    image: Float[Tensor, "c h w"]        # the scan, [0, 1]
+    masks: UInt8[Tensor, "r h w"]        # as drawn, {0, 1}
+    present: Bool[Tensor, "r"]           # who speaks
+    names: tuple[str, ...]               # of the raters
+    aligned: Float[Tensor, "r h w"]      # after normalisation and, if it is on, alignment
+    attention: Float[Tensor, "e h w"]    # share of each rater and, last, of the image
+    distance: Float[Tensor, "h w"]       # the conclusion
+    sd: float                            # its standard deviation, px
+    probability: Float[Tensor, "h w"]    # pseudo-truth, [0, 1]
+    consensus: Float[Tensor, "h w"]      # from the image alone
+    grade: float                         # the critic's mean grade of the conclusion; about 0.5 is noise, 1 the best rater
+    truth: UInt8[Tensor, "h w"] | None = None   # known truth, {0, 1}
+    label: str = ""                      # name of the case
+
+    def numbers(
+        self,
+        state: RoomState,    # what was asked
+    ) -> dict[str, float]:
+        """Say in numbers what the picture shows; distances to the truth are means within 4 px of its boundary."""
+        marks = _array(self.masks[self.present]) > 0
+        lengths = [float((_array(self.aligned[r]) < 0).sum()) for r in range(len(self.masks)) if self.present[r]]
+        out = {"sd (px)": self.sd, "critic's grade": self.grade, "area (px)": int((self.probability > 0.5).sum()), "spread of the areas": float(np.std(lengths) / max(np.mean(lengths), 1)) if lengths else 0.0,
+               "weight of the image": float(self.attention[-1].mean())}
+        if self.truth is None: return out
+        truth, true = _array(self.truth) > 0, _array(signed_distance(self.truth))
+        band = np.abs(true) < 4
+        if marks.size: out |= {"majority": _overlap(marks.mean(0) > 0.5, truth)}
+        out |= {"image alone": _overlap(_array(self.consensus) < 0, truth), "pseudo-truth": _overlap(_array(self.probability) > 0.5, truth)}
+        return out | {"distance to the truth (px)": float(np.abs(_array(self.distance) - true)[band].mean()) if band.any() else 0.0}
+
+# %% ../../nbs/explore/40_figures.ipynb #export-show-room
+def show_room(
+    state: RoomState,        # who sits at the table
+    room: Room,              # what came of it
+    theme: str = "light",    # light or dark
+) -> Board:                  # raters, aligned raters, pseudo-truth; whom the committee believed
+    """Show a committee at work on one case."""
+    here, names, marks = room.present.tolist(), list(room.names), _array(room.masks)
+    verdict, attention, grey = _array(room.distance), _array(room.attention), _grey(room.image)
+    window = _window(marks.any(0) | (verdict < 0), 5)
+    truth = () if room.truth is None else ((_array(room.truth), 0.5, TRUTH_LINE, 2.4),)
+    lines = lambda fields, level: tuple((fields[r], level, rater_style(r), 1.5) for r in range(len(marks)) if here[r])
+    band = tuple((np.abs(verdict), 1.96 * room.sd, VERDICT_LINE | {"linestyle": (0, (1, 1))}, 1.0) for _ in range(1))
+    scores = [(n, v) for n, v in room.numbers(state).items() if n in ("majority", "image alone", "pseudo-truth")]
+    upper = [_Tile(grey, "as drawn", truth + lines(marks, 0.5)), _Tile(grey, "aligned" if state.align else "normalised", truth + lines(_array(room.aligned), 0.0)),
+             _Tile(grey, "pseudo-truth ± 95 %", truth + band + ((verdict, 0.0, VERDICT_LINE, 1.8),))]
+    top, members = max(float(attention.max()), 1e-6), [r for r in range(len(marks)) if here[r]]
+    lower = [_Tile(_coloured(attention[r], colormaps["cividis"], 0, top), f"{names[r]}  {attention[r].mean():.0%}", ((marks[r], 0.5, rater_style(r), 1.3),)) for r in members]
+    lower.append(_Tile(_coloured(attention[-1], colormaps["cividis"], 0, top), f"the image  {attention[-1].mean():.0%}", ((_array(room.consensus), 0.0, rater_style(-1), 1.3),)))
+    keys, side = _rater_keys(names, here, "silent", room.truth is not None, "pseudo-truth"), _side(len(lower), 7.2, 1.3)
+    height = 0.2 + 1.55 + 0.3 + 0.17 * _lines_of(keys, 7.2) + 0.45 + side
+    fig, ax, look = _new_board(f"The committee on case {room.label}" if room.label else "The committee", _room_sentence(state, room), 7.2, height, theme)
+    foot = _tiles(ax, look, upper, window, 0, 5.0, 1.55)
+    rows = [(name, value, "osD"[i % 3], VERDICT_LINE["color"] if name == "pseudo-truth" else GOOD) for i, (name, value) in enumerate(scores)]
+    if rows: _lanes(ax, look, rows, 5.05, 0.5, 2.1, "Dice to the truth")
+    foot = _keys(ax, look, keys, foot + 0.16, 7.2)
+    ax.text(0.06, foot + 0.1, f"weight of each member (bright: {top:.0%}, dark: none)", fontsize=8.5, color=look.ink, va="center")
+    _tiles(ax, look, lower, window, foot + 0.18, 7.2, 1.3)
+    return fig
+
+def _room_sentence(state: RoomState, room: Room) -> str:
+    n = room.numbers(state)
+    if not room.present.any(): who = "Nobody speaks, so the image decides alone"
+    else:
+        means = _array(room.attention).mean((1, 2))
+        lead = max([r for r in range(len(room.names)) if room.present[r]] + [len(room.names)], key=lambda r: means[r])
+        who = f"Most trust goes to {(*room.names, 'the image')[lead]} ({_percent(means[lead])})"
+    far = f" It lies {n['distance to the truth (px)']:.2f} px from the truth (Dice {n['pseudo-truth']:.3f})." if "pseudo-truth" in n else ""
+    return f"{who}; the boundary is known to ±{n['sd (px)']:.2f} px (one sd).{far} The raters' areas differ by {_percent(n['spread of the areas'])}; the critic grades the conclusion {room.grade:.2f}."
+
+# %% ../../nbs/explore/40_figures.ipynb #export-drawn
+@dataclass(frozen=True)
+class DrawState:
+    """Which case you draw on, and what you have drawn."""
+    case: int = 0                                   # which case
+    drawings: tuple[tuple[int, bytes], ...] = ()    # case -> your mask of it, one byte a pixel, row by row, 0 or 1
+    structure: int = 0                              # which structure you draw
+
+    @property
+    def mask(self) -> bytes:     # empty if nothing is drawn
+        """Your mask of the present case."""
+        return dict(self.drawings).get(self.case, b"")
+
+    def with_mask(
+        self,
+        mask: bytes,             # one byte a pixel, 0 or 1; nothing marked takes the drawing back
+    ) -> "DrawState":
+        """Draw on the present case."""
+        rest = {case: m for case, m in self.drawings if case != self.case}
+        return replace(self, drawings=tuple(sorted((rest | ({self.case: mask} if any(mask) else {})).items())))
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """A case with your outline as the last rater. One structure; distances in px, negative inside."""
+    image: Float[Tensor, "c h w"]            # the scan, [0, 1]
+    masks: UInt8[Tensor, "r h w"]            # the others and, last, you, {0, 1}
+    present: Bool[Tensor, "r"]               # who is heard
+    names: tuple[str, ...]                   # of the raters; the last is you
+    normalised: Float[Tensor, "h w"] | None = None   # your outline after the shared inverse diffusion; None without a model
+    attention: Float[Tensor, "h w"] | None = None    # where the committee listened to you, [0, 1]
+    distance: Float[Tensor, "h w"] | None = None     # its conclusion, with you
+    weights: tuple[float, ...] = ()          # expertness of each rater, you last; sums to 1
+    truth: UInt8[Tensor, "h w"] | None = None        # known truth, {0, 1}
+    cases: int = 1                           # how many cases you have drawn
+    label: str = ""                          # name of the case
+    note: str = ""                           # what a reader must know
+
+    def numbers(
+        self,
+        state: DrawState,    # what was asked
+    ) -> dict[str, float]:
+        """Your Dice with everybody, with the truth before and after normalisation, your size and your weight."""
+        yours = _array(self.masks[-1]) > 0
+        out = {"your area (px)": int(yours.sum())}
+        others = [r for r in range(len(self.masks) - 1) if self.present[r]]
+        out |= {f"you and {self.names[r]}": _overlap(yours, _array(self.masks[r]) > 0) for r in others}
+        if self.truth is not None: out["you and the truth"] = _overlap(yours, _array(self.truth) > 0)
+        if self.truth is not None and self.normalised is not None: out["you normalised and the truth"] = _overlap(_array(self.normalised) < 0, _array(self.truth) > 0)
+        return out | ({"your weight": self.weights[-1]} if self.weights else {})
+
+# %% ../../nbs/explore/40_figures.ipynb #export-show-drawn
+def show_drawn(
+    state: DrawState,        # what was drawn
+    data: Drawn,             # what came of it
+    theme: str = "light",    # light or dark
+) -> Board:                  # you among the others, you normalised, where you were heard, the conclusion with you
+    """Show your outline as one more rater's."""
+    you, names, here, marks = len(data.masks) - 1, list(data.names), data.present.tolist(), _array(data.masks)
+    grey, window = _grey(data.image), _window(marks[data.present.numpy()].any(0) if any(here) else marks[you], 5)
+    truth = () if data.truth is None else ((_array(data.truth), 0.5, TRUTH_LINE, 2.4),)
+    mine = (marks[you], 0.5, rater_style(you), 1.8)
+    tiles = [_Tile(grey, "you among the others", tuple((marks[r], 0.5, rater_style(r), 1.3) for r in range(you) if here[r]) + (mine,))]
+    if data.normalised is not None: tiles.append(_Tile(grey, "you, normalised", truth + (mine, (_array(data.normalised), 0.0, VERDICT_LINE, 1.8))))
+    if data.attention is not None: tiles.append(_Tile(_coloured(_array(data.attention), colormaps["cividis"], 0, max(float(data.attention.max()), 0.05)), f"where you are heard  {data.attention.mean():.0%}", (mine,)))
+    if data.distance is not None: tiles.append(_Tile(grey, "pseudo-truth with you", truth + ((_array(data.distance), 0.0, VERDICT_LINE, 1.8),)))
+    rows = [(n, v, "osD^v<>"[i % 7], GOOD) for i, (n, v) in enumerate(data.numbers(state).items()) if n.startswith("you ")]
+    keys = _rater_keys(names, here, "absent", data.truth is not None, "normalised, pseudo-truth" if data.normalised is not None else "")
+    fig, ax, look = _new_board(f"You, on case {data.label}" if data.label else "You", _drawn_sentence(state, data), 7.2, 0.2 + _side(max(len(tiles), 4), 7.2, 1.7) + 0.55 + 0.17 * _lines_of(keys, 7.2) + 0.19 * max(len(rows), len(data.weights)), theme)
+    foot = _keys(ax, look, keys, _tiles(ax, look, tiles, window, 0, 7.2) + 0.16, 7.2)
+    _lanes(ax, look, rows, 0.06, foot + 0.14, 3.5 if data.weights else 7.0, "Dice", 0.0)
+    if data.weights: _lanes(ax, look, [(n, w, "s", rater_style(r)["color"]) for r, (n, w) in enumerate(zip(names, data.weights))], 3.8, foot + 0.14, 3.3, "expertness", 0.0)
+    return fig
+
+def _drawn_sentence(state: DrawState, data: Drawn) -> str:
+    n = data.numbers(state)
+    if n["your area (px)"] == 0: return f"Nothing drawn yet: outline what you take for the lesion. {data.note}".strip()
+    pairs = {k.removeprefix("you and "): v for k, v in n.items() if k.startswith("you and ") and k != "you and the truth"}
+    near = f"; nearest to {max(pairs, key=pairs.get)} (Dice {max(pairs.values()):.2f})" if pairs else ""
+    true = f" To the known truth: {n['you and the truth']:.2f} as drawn" if "you and the truth" in n else ""
+    true += f", {n['you normalised and the truth']:.2f} normalised." if "you normalised and the truth" in n else "." if true else ""
+    weight = f" The committee gives you {_percent(n['your weight'])} of its trust in raters, on {data.cases} case{'s' if data.cases > 1 else ''} of yours." if "your weight" in n else ""
+    return f"You marked {n['your area (px)']} px{near}.{true}{weight} {data.note}".strip()
+
 # %% ../../nbs/explore/40_figures.ipynb #export-figure-html
 def as_png(
-    frame: bytes | Figure,   # PNG bytes or a figure
+    frame: bytes | Figure,   # PNG (or WebP) bytes or a figure
     dpi: int = 80,           # dots per inch where a figure must be drawn
 ) -> bytes:
-    """Turn a frame into PNG bytes."""
+    """Turn a frame into the bytes of a file."""
     if isinstance(frame, bytes): return frame
     if isinstance(frame, Picture): return frame.png(dpi)
     out = io.BytesIO()
@@ -1015,10 +1627,10 @@ def as_png(
     return out.getvalue()
 
 def data_uri(
-    png: bytes,  # a PNG file
+    png: bytes,  # a PNG or WebP file
 ) -> str:
-    """Write a PNG as an address that needs no file."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    """Write a picture as an address that needs no file."""
+    return f"data:image/{'webp' if png[:4] == b'RIFF' else 'png'};base64,{base64.b64encode(png).decode()}"
 
 # %% ../../nbs/explore/40_figures.ipynb #export-player-style
 _PLAYER_STYLE = """<style>
@@ -1026,34 +1638,35 @@ _PLAYER_STYLE = """<style>
  border:1px solid var(--line);border-radius:10px;padding:12px;width:fit-content;min-width:min(100%,26rem);max-width:100%;box-sizing:border-box;margin:0}
 .calidiff-player[data-theme=dark]{--ink:#e8eaed;--page:#14171c;--line:#3a414c;--accent:#56B4E9}
 .calidiff-player img{display:block;max-width:100%;height:auto;margin:auto}
-.calidiff-player .bar{display:flex;gap:10px;align-items:center;margin-top:8px}
-.calidiff-player button{font:inherit;color:var(--ink);background:transparent;border:1px solid var(--line);border-radius:8px;padding:6px 12px;min-width:86px;cursor:pointer}
-.calidiff-player button:focus-visible,.calidiff-player input:focus-visible{outline:3px solid var(--accent);outline-offset:2px}
+.calidiff-player .bar{display:flex;flex-wrap:wrap;gap:10px;align-items:center;margin-top:8px}
+.calidiff-player button,.calidiff-player select{font:inherit;color:var(--ink);background:var(--page);border:1px solid var(--line);border-radius:8px;padding:6px 12px;min-width:86px;cursor:pointer}
+.calidiff-player button:focus-visible,.calidiff-player input:focus-visible,.calidiff-player select:focus-visible{outline:3px solid var(--accent);outline-offset:2px}
 .calidiff-player input{flex:1;accent-color:var(--accent);min-width:80px;height:28px}
 .calidiff-player output{min-width:8ch;text-align:right;font-variant-numeric:tabular-nums}
-.calidiff-player figcaption{margin-top:8px;color:inherit}
+.calidiff-player figcaption,.calidiff-player p{margin:8px 0 0;color:inherit;max-width:46rem}.calidiff-player p{min-height:2.8em}
 </style>"""
 
 _PLAYER_SCRIPT = """<script>
 (function(){document.querySelectorAll('.calidiff-player:not([data-ready])').forEach(function(box){
- box.setAttribute('data-ready','yes');
- var data=JSON.parse(box.querySelector('script[type="application/json"]').textContent);
- var img=box.querySelector('img'),range=box.querySelector('input'),play=box.querySelector('button'),out=box.querySelector('output'),timer=null;
- function show(i){range.value=i;img.src=data.frames[i];img.alt=data.alt+' Frame '+(i+1)+' of '+data.frames.length+': '+data.labels[i];
-  out.textContent=data.labels[i];range.setAttribute('aria-valuetext',data.labels[i]);}
+ box.setAttribute('data-ready','yes');box.setAttribute('data-lm-suppress-shortcuts','true');
+ var data=JSON.parse(box.querySelector('script[type="application/json"]').textContent),names=Object.keys(data.tracks),track=data.tracks[names[0]];
+ var img=box.querySelector('img'),range=box.querySelector('input'),play=box.querySelector('button'),out=box.querySelector('output'),pick=box.querySelector('select'),says=box.querySelector('p'),timer=null;
+ function show(i){var n=track.frames.length,words=data.labels[i]+(track.captions?'. '+track.captions[i]:'');range.value=i;img.src=track.frames[i];
+  img.alt=data.alt+' Frame '+(i+1)+' of '+n+': '+words;out.textContent=data.labels[i];range.setAttribute('aria-valuetext',data.labels[i]);if(says)says.textContent=track.captions[i];}
  function stop(){clearInterval(timer);timer=null;play.textContent='\\u25B6 Play';play.setAttribute('aria-pressed','false');}
- function start(){if(+range.value>=data.frames.length-1)show(0);play.textContent='\\u275A\\u275A Pause';play.setAttribute('aria-pressed','true');
-  timer=setInterval(function(){if(+range.value>=data.frames.length-1){stop();return;}show(+range.value+1);},data.pause);}
+ function start(){if(+range.value>=data.labels.length-1)show(0);play.textContent='\\u275A\\u275A Pause';play.setAttribute('aria-pressed','true');
+  timer=setInterval(function(){if(+range.value>=data.labels.length-1){stop();return;}show(+range.value+1);},data.pause);}
  range.addEventListener('input',function(){stop();show(+range.value);});
  play.addEventListener('click',function(){timer?stop():start();});
- box.addEventListener('keydown',function(e){if(e.target===range)return;var d={ArrowRight:1,ArrowLeft:-1}[e.key];
-  if(d){e.preventDefault();stop();show(Math.min(Math.max(+range.value+d,0),data.frames.length-1));}});
+ if(pick)pick.addEventListener('change',function(){track=data.tracks[pick.value];show(+range.value);});
+ box.addEventListener('keydown',function(e){if(e.target===range||e.target===pick)return;var d={ArrowRight:1,ArrowLeft:-1}[e.key];
+  if(d){e.preventDefault();stop();show(Math.min(Math.max(+range.value+d,0),data.labels.length-1));}});
  show(data.first);});})();
 </script>"""
 
 # %% ../../nbs/explore/40_figures.ipynb #export-player-html
 def player_html(
-    frames: Sequence[bytes | Figure],     # PNG bytes or figures, in order
+    frames: Sequence[bytes | Figure] | Mapping[str, Sequence[bytes | Figure]],   # PNG or WebP bytes or figures, in order; several sets by name
     labels: Sequence[str] | None = None,  # a word for each frame; None: 1, 2, 3 …
     title: str = "Denoising",             # name of the player for a screen reader
     caption: str = "",                    # the takeaway, shown below
@@ -1061,30 +1674,37 @@ def player_html(
     first: int = 0,                       # frame shown before anybody moves it
     theme: str = "light",                 # light or dark
     limit: int = 1_000_000,               # bytes that the whole fragment may take
+    captions: Sequence[str] | Mapping[str, Sequence[str]] | None = None,   # a sentence for each frame, sets as in `frames`
 ) -> str:                                 # an HTML fragment with everything inside
     """Make a player that needs no kernel and no network: slider, play button, arrow keys.
 
-    Raises: ValueError if there is no frame, if labels do not match, or if the player would exceed `limit`.
+    Raises: ValueError if there is no frame, if labels or captions do not match, or if the player would exceed `limit`.
     """
-    n = len(frames)
+    sets = {name: list(f) for name, f in (frames if isinstance(frames, Mapping) else {"": frames}).items()}
+    said = captions if captions is None or isinstance(captions, Mapping) else {"": captions}
+    n = max((len(f) for f in sets.values()), default=0)
     if n == 0: raise ValueError("frames must hold at least one picture; got none")
     labels = [str(i + 1) for i in range(n)] if labels is None else list(labels)
-    if len(labels) != n: raise ValueError(f"labels must name each of the {n} frames; got {len(labels)}")
+    if len(labels) != n or any(len(f) != n for f in sets.values()): raise ValueError(f"labels must name each of the {n} frames; got {len(labels)}")
+    if said is not None and {k: len(v) for k, v in said.items()} != dict.fromkeys(sets, n): raise ValueError(f"captions must hold a sentence for each of the {n} frames of {len(sets)} set(s)")
     if not 0 <= first < n: raise ValueError(f"first must be a frame from 0 to {n - 1}; got {first}")
     theme_of(theme)
-    pictures = [data_uri(as_png(frame)) for frame in frames]
-    data = {"frames": pictures, "labels": labels, "alt": title + ".", "pause": round(1000 * pause), "first": first}
-    page = _player_page(data, title, caption, theme)
+    tracks = {name: {"frames": [data_uri(as_png(frame)) for frame in f], "captions": None if said is None else list(said[name])} for name, f in sets.items()}
+    page = _player_page({"tracks": tracks, "labels": labels, "alt": title + ".", "pause": round(1000 * pause), "first": first}, title, caption, theme)
     if len(page) > limit: raise ValueError(f"the player takes {len(page):,} bytes, more than limit={limit:,}; use fewer frames or a smaller dpi")
     return page
 
 def _player_page(data: dict, title: str, caption: str, theme: str) -> str:
-    text, n, first = html.escape, len(data["frames"]), data["first"]
+    text, n, first, tracks = html.escape, len(data["labels"]), data["first"], data["tracks"]
     body = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+    begin = next(iter(tracks.values()))
+    choice = "".join(f'<option value="{text(name)}">{text(name)}</option>' for name in tracks)
+    says = f'<p aria-live="polite">{text(begin["captions"][first])}</p>' if begin["captions"] else ""
     return (f'{_PLAYER_STYLE}<figure class="calidiff-player" data-theme="{theme}" role="group" aria-label="{text(title)}">'
-            f'<img src="{data["frames"][first]}" alt="{text(data["alt"])} Frame {first + 1} of {n}: {text(data["labels"][first])}">'
+            f'<img src="{begin["frames"][first]}" alt="{text(data["alt"])} Frame {first + 1} of {n}: {text(data["labels"][first])}">'
             f'<div class="bar"><button type="button" aria-pressed="false">▶ Play</button>'
+            + (f'<select aria-label="{text(title)}: which">{choice}</select>' if len(tracks) > 1 else "") +
             f'<input type="range" min="0" max="{n - 1}" step="1" value="{first}" aria-label="{text(title)}: frame">'
-            f'<output aria-live="polite">{text(data["labels"][first])}</output></div>'
+            f'<output aria-live="polite">{text(data["labels"][first])}</output></div>{says}'
             f'<figcaption>{text(caption)}</figcaption>'
             f'<script type="application/json">{body}</script></figure>{_PLAYER_SCRIPT}')
