@@ -267,7 +267,8 @@ def test_two_processes_and_one_that_dies(tmp_path):
     assert "killed" in failures[0].sentence and seen[-1] == (3, 3)
 
 
-def test_ray(tmp_path):
+def test_ray(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")  # on a busy machine
     if importlib.util.find_spec("ray") is None:
         pytest.skip('Ray is not installed: pip install "calidiff_nb[dist]"')
     grid = votes_of("together", 2)
@@ -305,6 +306,12 @@ def test_seeds_without_spread_within():
     assert (found.mean, found.low, found.high) == pytest.approx((0.5, 0.2, 0.8), abs=1e-6)
     assert found.spread == pytest.approx(0.6 / math.sqrt(2), abs=1e-6)
     assert float((replicates < 0.3).double().mean()) == pytest.approx(0.25, abs=0.03) and float((replicates > 0.7).double().mean()) == pytest.approx(0.25, abs=0.03)
+
+
+@pytest.mark.parametrize("sizes", [(4, 3), (3, 3)])
+def test_seeds_need_not_be_equally_large(sizes):
+    draws = bench.resampler([names(range(n)) for n in sizes], 50)
+    assert [w.shape for w in draws.weights[0]] == [(50, n) for n in sizes] and draws.which.shape == (50, 2)
 
 
 def test_undefined_cases_and_seeds_are_left_out():

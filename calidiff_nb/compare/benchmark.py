@@ -254,13 +254,19 @@ def cases_of(
     data: str,                             # what
     scale: Scale,                          # how many, how large
     seed: int,                             # which
-    folder: Path | None = None,            # where slow things are kept
 ) -> tuple[Cohort, Cohort, Cohort]:        # to learn from, to judge raters on, for the numbers
     """Draw or read the cases of one seed; no patient is in two of the three parts."""
     wanted = (scale.train, scale.valid, scale.test)
     if draw := drawer(data): return tuple(draw(n, scale.size, 500_009 + 10 * seed + part) for part, n in enumerate(wanted))
-    whole = lidc_cohort(scale.size, cache=folder and folder / f"lidc-{scale.size}.npz") if data == "lidc" else load_cohort(data)
-    return tuple(thin(part, n) for part, n in zip(whole.split((0.6, 0.15, 0.25), seed), wanted))
+    shares = (0.6, 0.15, 0.25)
+    enough = max(round(n / share) for n, share in zip(wanted, shares)) if all(wanted) else None
+    whole = _radiologists(scale.size, enough) if data == "lidc" else load_cohort(data)
+    return tuple(thin(part, n) for part, n in zip(whole.split(shares, seed), wanted))
+
+@lru_cache(maxsize=1)
+def _radiologists(size: int, limit: int | None) -> Cohort:
+    """The cohort of several jobs in a row, drawn once."""
+    return lidc_cohort(size, limit=limit)
 
 def thin(
     cohort: Cohort,                        # any
@@ -538,14 +544,14 @@ def read_outcome(
 # %% ../../nbs/compare/31_benchmark.ipynb #export-run-job
 def run_job(
     cells: Sequence[Cell],                 # of one job
-    folder: Path | None = None,            # where slow things and unfinished trainings are kept; None: nowhere
+    folder: Path | None = None,            # where unfinished trainings are kept; None: nowhere
 ) -> dict[Cell, Outcome]:
     """Draw the cases, train once if anything must be trained, and measure every cell.
 
     Raises: ValueError if a method cannot work with these cases.
     """
     data, maker, _, seed, scale = cells[0].job
-    train, valid, test = cases_of(data, scale, seed, folder)
+    train, valid, test = cases_of(data, scale, seed)
     if maker == "": return {c: _outcome(test, *_clocked(partial(merge, c.method, test), len(test))) for c in cells}
     if maker == "calidiff": return _calidiff_job(cells, train, valid, test, folder)
     return _rival_job(cells, train, valid, test)
@@ -674,7 +680,7 @@ def work_of(
 
 def attempt(
     job: Sequence[Cell],                   # cells of one job
-    folder: Path | None,                   # where slow things are kept
+    folder: Path | None,                   # where unfinished trainings are kept
 ) -> dict[Cell, Outcome | str]:            # an outcome for each, or why there is none
     """Run a job; a failure becomes a sentence, and of cells without a training each stands for itself."""
     try: return run_job(job, folder)
@@ -687,7 +693,7 @@ Done = Iterator[tuple[int, dict[Cell, Outcome | str]]]      # number of a job, a
 
 def at_home(
     jobs: Sequence[tuple[Cell, ...]],      # what to do
-    folder: Path,                          # where slow things are kept
+    folder: Path,                          # where unfinished trainings are kept
     workers: int = 1,                      # processes; 1: this one
 ) -> Done:
     """Work on this machine; a process that dies costs its own job only."""
@@ -780,7 +786,7 @@ Statistic = Callable[[Float[Tensor, "n b"]], Float[Tensor, "n"]]     # how often
 @dataclass(frozen=True, eq=False)
 class Resampler:
     """Draws of seeds, and of patients within each, equation (31.2); the same for all methods, so that they can be paired."""
-    weights: tuple[tuple[Float[Tensor, "n b"], ...], ...]            # [place][seed]: how often each case counts
+    weights: tuple[tuple[Float[Tensor, "n _"], ...], ...]            # [place][seed]: how often each case counts
     which: Int[Tensor, "n s"]                                        # the seed drawn for each place
 
     def draw(
