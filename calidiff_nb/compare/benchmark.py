@@ -700,21 +700,22 @@ def at_home(
     if workers <= 1:
         yield from ((i, attempt(job, folder)) for i, job in enumerate(jobs))
         return
-    left, deaths = dict(enumerate(jobs)), dict.fromkeys(range(len(jobs)), 0)
+    left, suspects = dict(enumerate(jobs)), []
     threads = max(1, (os.cpu_count() or 1) // workers)
     while left:
-        with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (threads,)) as pool:
-            waiting = {pool.submit(attempt, job, folder): i for i, job in left.items()}
+        now = {suspects[0]: left[suspects[0]]} if suspects else dict(left)      # who was running when a process died runs again, alone
+        with concurrent.futures.ProcessPoolExecutor(1 if suspects else workers, multiprocessing.get_context("spawn"), _begin, (threads,)) as pool:
+            waiting = {pool.submit(attempt, job, folder): i for i, job in now.items()}
             try:
                 for done in concurrent.futures.as_completed(waiting):
                     yield waiting[done], done.result()
                     left.pop(waiting[done])
             except concurrent.futures.BrokenExecutor:
-                for i in [i for f, i in waiting.items() if i in left and not f.cancelled()][:workers]: deaths[i] += 1
+                if suspects:
+                    yield suspects[0], dict.fromkeys(left.pop(suspects[0]), "the process was killed twice, most likely for want of memory: use fewer --workers")
+                else: suspects = [i for i in waiting.values() if i in left][:workers]
             finally: pool.shutdown(wait=True, cancel_futures=True)
-        for i in [i for i in left if deaths[i] > 1]:
-            left.pop(i)
-            yield i, dict.fromkeys(jobs[i], "the process was killed twice, most likely for want of memory: use fewer --workers")
+        suspects = [i for i in suspects if i in left]
 
 def _begin(threads: int) -> None:
     """A worker leaves Ctrl-C to the training, which saves itself first, and does not outlive its parent."""
