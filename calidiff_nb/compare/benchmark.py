@@ -1115,17 +1115,18 @@ def number_text(
 def table_of(
     report: BenchmarkReport,               # any
     data: str,                             # a regime
+    seconds: bool = True,                  # with what it cost
 ) -> str:                                  # lines of equal width
     """One regime as text."""
     rows = [r for r in report.rows if r.data == data]
     decide = {b: m for b, (_, m) in (OURS if any("dice" in r.numbers for r in rows) else ON_READERS).items()}
     shown = [m for m in COLUMNS if any(m in r.numbers for r in rows)]
-    lines = [f"{'':31}" + " ".join(f"{MEASURES[m].name:>{_width(m, decide)}}" for m in shown) + f"  {'ours − it':>24}  {'':5} {'train s':>8} {'s/case':>7}"]
+    lines = [f"{'':31}" + " ".join(f"{MEASURES[m].name:>{_width(m, decide)}}" for m in shown) + f"  {'ours − it':>24}  {'':5}" + (f" {'train s':>8} {'s/case':>7}" if seconds else "")]
     for block in dict.fromkeys(r.block for r in rows):
         lines.append(f"{data if ':' in data or data in REGIMES else Path(data).name}, {block}")
         for r in (r for r in rows if r.block == block):
             cells = " ".join(f"{number_text(r.numbers.get(m), MEASURES[m].digits, m in decide.values()):>{_width(m, decide)}}" for m in shown)
-            lines.append(f"  {r.label:<29.29}{cells}  {number_text(r.difference, 3, True, '+'):>24}  {r.verdict:<5} {r.training:8.1f} {r.answering:7.3f}")
+            lines.append(f"  {r.label:<29.29}{cells}  {number_text(r.difference, 3, True, '+'):>24}  {r.verdict:<5}" + (f" {r.training:8.1f} {r.answering:7.3f}" if seconds else ""))
     return "\n".join(line.rstrip() for line in lines + [f"  {r.label}: {r.remark}." for r in rows if r.remark])
 
 def _width(measure: str, decide: Mapping[str, str]) -> int:
@@ -1154,7 +1155,7 @@ def bars_text(
     for v in report.verdicts:
         word = "not measured" if v.met is None else ("met" if v.met else "missed") + ("" if v.sure or not v.met else ", not surely")
         share = v.bar.how in ("ratio", "warned")
-        digits = 2 if share else MEASURES[v.bar.measure].digits
+        digits = 3 if share else MEASURES[v.bar.measure].digits
         at = f"{'≥' if v.bar.least else '≤'} {v.bar.at:{'+' if v.bar.how == 'difference' else ''}.{digits}f}"
         lines.append(f"  {v.bar.name:<56} {v.data:<14.14} {number_text(v.number, digits, True, '+' if v.bar.how == 'difference' else ''):>24}  {at:>8}  {word}")
     return "\n".join(["Bars", *lines]) if lines else ""
@@ -1170,7 +1171,7 @@ def closing_note(
         o, best = of_row(report.found, v.data, "pseudo-truth"), [p.facts["picked"].removeprefix("rater ") for p in of_row(report.everything, v.data, "best single rater").values()]
         trust = [dict(zip(x.facts["raters"], x.facts["weights"])) for x in o.values()]
         first = sum(max(t, key=t.get) == b for t, b in zip(trust, best))
-        text = f"  {v.data}: {-100 * v.number.mean:.1f} points below {', '.join(sorted(set(best)))} ({rows['best single rater'].numbers['dice'].mean:.3f}), whom it trusts most in {first} of {len(best)} seeds"
+        text = f"  {v.data}: {-100 * v.number.mean:.2f} points below {', '.join(sorted(set(best)))} ({rows['best single rater'].numbers['dice'].mean:.3f}), whom it trusts most in {first} of {len(best)} seeds"
         if {"consensus", "known posterior"} <= set(rows):
             seen, there = (rows[n].numbers["dice"].mean for n in ("consensus", "known posterior"))
             text += f"; of the image it reads {seen:.3f} where the scene would allow {there:.3f}" + (", so more training is what it wants first" if there - seen > 0.02 else "")
@@ -1265,7 +1266,7 @@ class Preset:
     ablations: dict[str, tuple[str, ...]] = field(default_factory=dict)   # name in ABLATIONS -> where; (): everywhere
     bars: tuple[Bar, ...] = BARS           # what must be reached
 
-_WHOLE = {name: () if name in ("truth U-Net", "U-Net on majority", "U-Net on soft labels") else (*ACCEPTED, "collusion", "missing30", "ambiguous") for name in SEGMENTERS}
+_WHOLE = {name: () if name in ("truth U-Net", "U-Net on majority", "U-Net on soft labels") else (*ACCEPTED, "ambiguous") for name in SEGMENTERS}
 _CI_BARS = (                               # margins far from what was seen, so that only a defect fails
     Bar("clearly over STAPLE", ("together",), "pseudo-truth", "dice", 0.03, "STAPLE per image", "difference", source="ordering"),
     Bar("not below the better majority", ("together",), "pseudo-truth", "dice", -0.02, "better majority", "difference", source="ordering"),

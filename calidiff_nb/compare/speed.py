@@ -55,7 +55,7 @@ def one_lap(
     device: torch.device = CPU,         # where it runs: the clock waits for it
 ) -> Lap:
     """Time a job once, to its very end."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
     wait()
     wall, cpu = time.perf_counter(), time.process_time()
     job(), wait()
@@ -597,7 +597,7 @@ class SpeedReport:
         row: Row,     # of anybody
     ) -> float:       # share of the roofline: by cores' clocks on a processor, by the wall's on a GPU
         """How much of the machine a call uses."""
-        core = row.call.cpu > 0 and "cuda" not in self.machine
+        core = row.call.cpu > 0 and self.machine.startswith("cpu")
         return row.gflops / row.call.cpu / self.roof.core if core else row.gflops / row.call.wall / self.roof.best
 
     @property
@@ -615,12 +615,12 @@ class SpeedReport:
 
 # %% ../../nbs/compare/32_speed.ipynb #export-judge
 def _ratio_aims(report: SpeedReport) -> list[Aim]:
-    """Against diffusers and MONAI in their usual form, by the clock on the wall."""
+    """Against diffusers and MONAI in their usual form; on a processor by the clock that is less kind to us."""
     found, words = [], {"call": "denoiser call", "train": "training step", "sampling": "a mask, 5 steps against 50"}
     for row in report.rows:
         wanted = {job: least for (job, size), least in AIMS.items() if size == row.size and row.name in ("diffusers", "MONAI")}
         for job, least in wanted.items():
-            got = ratio(row, report.ours(row.size), job)
+            got = min(ratio(row, report.ours(row.size), job, clock) for clock in (["wall", "cpu"] if report.machine.startswith("cpu") else ["wall"]))
             if math.isnan(got): continue     # out of memory: nothing to judge
             found.append(Aim(f"{words[job]} at {row.size}², {row.name}", least, got, got >= least, "" if got >= least else _binds(report, row)))
     return found
@@ -697,7 +697,7 @@ def speed_report(
     rows, missing = [], []
     for i, task in enumerate(tasks):
         tell("sizes", i, len(tasks))
-        found, absent = measure_speed(task, 1 if quick else {64: 5, 128: 3}.get(task.size, 2), slow=i == 0)     # MedSegDiff at the first size only
+        found, absent = measure_speed(task, 1 if quick else {64: 5}.get(task.size, 3), slow=i == 0)     # MedSegDiff at the first size only
         rows, missing = [*rows, *found], [*missing, *absent]
     tell("where the time goes", 0, 0)
     shares = {c.name: profile_shares(c.call, device) for c in contestants(tasks[0])[0]}

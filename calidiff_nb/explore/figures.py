@@ -107,7 +107,7 @@ class Picture(Figure):
         self,
         dpi: int = 80,         # dots per inch
         quality: int = 60,     # 0 … 100; outlines stay clean above 50
-    ) -> bytes:                # a WebP file, half the size of a PNG
+    ) -> bytes:                # a WebP file; of pictures with scans and noise smaller than a PNG
         """Draw for a player that must stay small."""
         out = io.BytesIO()
         self._pixels(dpi).save(out, "webp", quality=quality, method=6)
@@ -1160,14 +1160,14 @@ def _rater_keys(names: Sequence[str], here: Sequence[bool], word: str, truth: bo
 
 def _lanes(ax, look: Theme, rows: Sequence[tuple[str, float, str, str]], x: float, y: float, width: float, unit: str, low: float = 0.5, high: float = 1.0) -> float:
     """Draw one dot a row on a common scale, its number beside it; returns where the last row ends."""
-    reserved = min(0.12 + 0.066 * max((len(name) for name, *_ in rows), default=0), 0.55 * width)
+    reserved = min(0.16 + 0.066 * max((len(name) for name, *_ in rows), default=0), 0.55 * width)
     a, b = x + reserved, x + width - 0.42
     at = lambda v: a + (b - a) * min(max((v - low) / (high - low), 0), 1)
     ax.text(x, y, unit, fontsize=8.5, color=look.ink, va="center")
     for i, (name, value, mark, colour) in enumerate(rows):
         row = y + 0.19 * (i + 1)
         ax.plot([a, b], [row, row], color=look.quiet, linewidth=0.7, alpha=0.6)
-        ax.text(a - 0.06, row, name, fontsize=8, color=look.ink, ha="right", va="center")
+        ax.text(a - 0.1, row, name, fontsize=8, color=look.ink, ha="right", va="center")
         ax.text(b + 0.08, row, f"{value:.2f}" if np.isfinite(value) else "–", fontsize=8, color=look.ink, va="center")
         if np.isfinite(value): ax.plot([at(value)], [row], marker=mark, markersize=6, color=colour, markeredgecolor=look.ink, markeredgewidth=0.5)
     end = y + 0.19 * len(rows) + 0.18
@@ -1250,7 +1250,7 @@ def show_denoising(
     i, k, end = state.frame, state.structure, len(walk.predictions)
     if not 0 <= i <= end: raise ValueError(f"frame must lie in 0..{end} for a walk of {end} steps; got {i}")
     now, belief, after = (_array(x) for x in (walk.states[i, k], walk.belief(i, k), walk.states[min(i + 1, end), k]))
-    fig, ax, look = _new_board("Walking back from noise", _moment_sentence(state, walk), 7.2, 3.1, theme)
+    fig, ax, look = _new_board("Walking back from noise", _moment_sentence(state, walk), 7.2, 3.25, theme)
     lines = _reference_lines(walk, k) + ((belief, 0.0, VERDICT_LINE, 1.8),)
     tiles = [_signed(now, f"state $x_t$,  t = {int(walk.timesteps[i])}" if i < end else "the result"), _signed(belief, "predicted $x_0$"),
              _signed(after - now, "what the step changes", outlined=False), _Tile(_grey(walk.image), "predicted outline", lines)]
@@ -1348,7 +1348,7 @@ def show_opinions(
     truth = () if data.truth is None else ((_array(data.truth), 0.5, TRUTH_LINE, 2.4),)
     outlines = tuple((marks[r], 0.5, rater_style(r), 1.5) for r in range(len(marks)) if here[r])
     grey, vote = _grey(data.image), _array(data.vote)
-    tiles = [_Tile(grey, "the raters", truth + outlines), _Tile(_coloured(vote, colormaps["cividis"], 0, 1), f"share of votes, {state.threshold:.0%} line", ((vote, state.threshold - 1e-6, VERDICT_LINE, 1.6),))]
+    tiles = [_Tile(grey, "the raters", truth + outlines), _Tile(_coloured(vote, colormaps["cividis"], 0, 1), f"votes, {state.threshold:.0%} line", ((vote, state.threshold - 1e-6, VERDICT_LINE, 1.6),))]
     tiles += [_Tile(grey, name, truth + ((_array(m).astype(float), 0.5, VERDICT_LINE, 1.8),)) for name, m in shown.items()]
     keys = _rater_keys(names, here, "not heard", data.truth is not None, "verdict")
     side, width = _side(len(tiles), 7.6, 1.6), 7.6
@@ -1575,6 +1575,7 @@ class Drawn:
         """Your Dice with everybody, with the truth before and after normalisation, your size and your weight."""
         yours = _array(self.masks[-1]) > 0
         out = {"your area (px)": int(yours.sum())}
+        if not self.present[-1]: return out                     # nobody is shown the others before he has drawn
         others = [r for r in range(len(self.masks) - 1) if self.present[r]]
         out |= {f"you and {self.names[r]}": _overlap(yours, _array(self.masks[r]) > 0) for r in others}
         if self.truth is not None: out["you and the truth"] = _overlap(yours, _array(self.truth) > 0)
@@ -1587,7 +1588,8 @@ def show_drawn(
     data: Drawn,             # what came of it
     theme: str = "light",    # light or dark
 ) -> Board:                  # you among the others, you normalised, where you were heard, the conclusion with you
-    """Show your outline as one more rater's."""
+    """Show your outline as one more rater's; before there is one, the scan alone."""
+    if not data.present[-1]: return _before_drawing(state, data, theme)
     you, names, here, marks = len(data.masks) - 1, list(data.names), data.present.tolist(), _array(data.masks)
     grey, window = _grey(data.image), _window(marks[data.present.numpy()].any(0) if any(here) else marks[you], 5)
     truth = () if data.truth is None else ((_array(data.truth), 0.5, TRUTH_LINE, 2.4),)
@@ -1602,6 +1604,12 @@ def show_drawn(
     foot = _keys(ax, look, keys, _tiles(ax, look, tiles, window, 0, 7.2) + 0.16, 7.2)
     _lanes(ax, look, rows, 0.06, foot + 0.14, 3.5 if data.weights else 7.0, "Dice", 0.0)
     if data.weights: _lanes(ax, look, [(n, w, "s", rater_style(r)["color"]) for r, (n, w) in enumerate(zip(names, data.weights))], 3.8, foot + 0.14, 3.3, "expertness", 0.0)
+    return fig
+
+def _before_drawing(state: DrawState, data: Drawn, theme: str) -> Board:
+    fig, ax, look = _new_board(f"You, on case {data.label}" if data.label else "You", _drawn_sentence(state, data), 7.2, 2.0, theme)
+    _tiles(ax, look, [_Tile(_grey(data.image), "the scan")], _window(np.zeros(tuple(data.image.shape[1:])), None), 0, 7.2)
+    ax.text(2.1, 1.0, "The others appear when you have drawn:\nwho sees them first draws like them.", fontsize=9, color=look.ink, va="center")
     return fig
 
 def _drawn_sentence(state: DrawState, data: Drawn) -> str:
@@ -1650,7 +1658,8 @@ _PLAYER_SCRIPT = """<script>
 (function(){document.querySelectorAll('.calidiff-player:not([data-ready])').forEach(function(box){
  box.setAttribute('data-ready','yes');box.setAttribute('data-lm-suppress-shortcuts','true');
  var data=JSON.parse(box.querySelector('script[type="application/json"]').textContent),names=Object.keys(data.tracks),track=data.tracks[names[0]];
- var img=box.querySelector('img'),range=box.querySelector('input'),play=box.querySelector('button'),out=box.querySelector('output'),pick=box.querySelector('select'),says=box.querySelector('p'),timer=null;
+ var img=box.querySelector('img');track.frames[data.first]=img.src;
+ var range=box.querySelector('input'),play=box.querySelector('button'),out=box.querySelector('output'),pick=box.querySelector('select'),says=box.querySelector('p'),timer=null;
  function show(i){var n=track.frames.length,words=data.labels[i]+(track.captions?'. '+track.captions[i]:'');range.value=i;img.src=track.frames[i];
   img.alt=data.alt+' Frame '+(i+1)+' of '+n+': '+words;out.textContent=data.labels[i];range.setAttribute('aria-valuetext',data.labels[i]);if(says)says.textContent=track.captions[i];}
  function stop(){clearInterval(timer);timer=null;play.textContent='\\u25B6 Play';play.setAttribute('aria-pressed','false');}
@@ -1689,19 +1698,20 @@ def player_html(
     if said is not None and {k: len(v) for k, v in said.items()} != dict.fromkeys(sets, n): raise ValueError(f"captions must hold a sentence for each of the {n} frames of {len(sets)} set(s)")
     if not 0 <= first < n: raise ValueError(f"first must be a frame from 0 to {n - 1}; got {first}")
     theme_of(theme)
-    tracks = {name: {"frames": [data_uri(as_png(frame)) for frame in f], "captions": None if said is None else list(said[name])} for name, f in sets.items()}
-    page = _player_page({"tracks": tracks, "labels": labels, "alt": title + ".", "pause": round(1000 * pause), "first": first}, title, caption, theme)
+    shown = data_uri(as_png(next(iter(sets.values()))[first]))      # stands in the page once, for readers without scripts, too
+    tracks = {name: {"frames": [None if (name, i) == (next(iter(sets)), first) else data_uri(as_png(frame)) for i, frame in enumerate(f)], "captions": None if said is None else list(said[name])} for name, f in sets.items()}
+    page = _player_page({"tracks": tracks, "labels": labels, "alt": title + ".", "pause": round(1000 * pause), "first": first}, shown, title, caption, theme)
     if len(page) > limit: raise ValueError(f"the player takes {len(page):,} bytes, more than limit={limit:,}; use fewer frames or a smaller dpi")
     return page
 
-def _player_page(data: dict, title: str, caption: str, theme: str) -> str:
+def _player_page(data: dict, shown: str, title: str, caption: str, theme: str) -> str:
     text, n, first, tracks = html.escape, len(data["labels"]), data["first"], data["tracks"]
     body = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
     begin = next(iter(tracks.values()))
     choice = "".join(f'<option value="{text(name)}">{text(name)}</option>' for name in tracks)
     says = f'<p aria-live="polite">{text(begin["captions"][first])}</p>' if begin["captions"] else ""
     return (f'{_PLAYER_STYLE}<figure class="calidiff-player" data-theme="{theme}" role="group" aria-label="{text(title)}">'
-            f'<img src="{begin["frames"][first]}" alt="{text(data["alt"])} Frame {first + 1} of {n}: {text(data["labels"][first])}">'
+            f'<img src="{shown}" alt="{text(data["alt"])} Frame {first + 1} of {n}: {text(data["labels"][first])}">'
             f'<div class="bar"><button type="button" aria-pressed="false">▶ Play</button>'
             + (f'<select aria-label="{text(title)}: which">{choice}</select>' if len(tracks) > 1 else "") +
             f'<input type="range" min="0" max="{n - 1}" step="1" value="{first}" aria-label="{text(title)}: frame">'
