@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Progress', 'REGIME', 'PRESETS', 'FOREIGN', 'EXTRAS', 'MENDS', 'COMMANDS', 'Job', 'KNOWN', 'DemoConfig', 'DemoResult',
-           'silent', 'Bars', 'demo_cohort', 'cache_folder', 'remembered', 'unseen_cases', 'patient_key',
-           'training_cohort', 'train_model', 'evidence_of', 'run_demo', 'demo_model', 'simulated_cases', 'report_demo',
-           'table_text', 'demo', 'TrainJob', 'train', 'CalibrateJob', 'calibrate', 'SegmentJob', 'segment',
-           'BenchmarkJob', 'compare', 'SpeedJob', 'speed', 'CheckJob', 'check', 'DoctorJob', 'missing_extras',
-           'conv_speed', 'doctor', 'diagnosis', 'shipped_weights', 'sentence_of', 'main']
+           'Bars', 'demo_cohort', 'cache_folder', 'remembered', 'unseen_cases', 'patient_key', 'training_cohort',
+           'train_model', 'evidence_of', 'run_demo', 'demo_model', 'simulated_cases', 'report_demo', 'table_text',
+           'demo', 'TrainJob', 'train', 'CalibrateJob', 'calibrate', 'SegmentJob', 'segment', 'BenchmarkJob', 'compare',
+           'SpeedJob', 'speed', 'CheckJob', 'check', 'DoctorJob', 'missing_extras', 'conv_speed', 'doctor', 'diagnosis',
+           'shipped_weights', 'sentence_of', 'main']
 
 # %% ../../nbs/explore/45_cli.ipynb #parents
 import contextlib
@@ -54,13 +54,6 @@ class DemoResult:
 
 # %% ../../nbs/explore/45_cli.ipynb #export-progress
 Progress = Callable[[str, int, int], None]   # told: what is going on, how much is done, of how much
-
-def silent(
-    what: str,   # what is going on
-    done: int,   # how much is done
-    of: int,     # of how much
-) -> None:
-    """Take progress and keep quiet: for a notebook or a test."""
 
 class Bars:
     """Progress on a terminal: one line a stage, with the time left where there is a count."""
@@ -213,7 +206,7 @@ def evidence_of(
 # %% ../../nbs/explore/45_cli.ipynb #export-run-demo
 def run_demo(
     config: DemoConfig = DemoConfig(),   # what to do
-    progress: Progress = silent,         # told how far it is
+    progress: Progress = lambda *_: None,   # told how far it is
 ) -> DemoResult:                         # what came out
     """Do the whole job: read, measure the disagreement, calibrate unseen cases, compare where the truth is known, write the page.
 
