@@ -104,6 +104,9 @@ def gather() -> list[str]:
     os.chdir(ROOT)  # nbdev looks for its settings from here
     books = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
     troubles = [t for p in books for t in processed(p, SITE / p.relative_to(ROOT))]
+    for p in (ROOT / "nbs").rglob("*.png"):
+        if ".ipynb_checkpoints" not in p.parts:
+            shutil.copy(p, SITE / p.relative_to(ROOT))
     if (ROOT / "tutorials").is_dir():
         shutil.copytree(ROOT / "tutorials", SITE / "tutorials", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "_*"))
     for name in ("CITATION.cff", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"):

@@ -6,7 +6,7 @@ import torch
 
 from calidiff_nb.calidiff.expertness import expertness, frame_weights, split_covariance
 from calidiff_nb.calidiff.fusion import fuse
-from calidiff_nb.calidiff.inverse import unfold_raters
+from calidiff_nb.calidiff.inverse import distance_schedule, image_loss, unfold_raters
 from calidiff_nb.calidiff.model import CaliDiff, CaliDiffConfig, gather, judge
 from calidiff_nb.raters.cases import Cohort
 from calidiff_nb.raters.metrics import dice
@@ -113,7 +113,25 @@ def test_training_goes_on_where_it_stopped(tmp_path):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("off", ["align", "fusion", "consensus", "adversary", "cross_rater"])
+@pytest.mark.parametrize("named", [True, False])
+def test_what_the_image_says_can_be_learnt_first(named):
+    cohort = make_cohort("unequal", 24, 32, seed=1)
+    train, valid = (cohort if named else cohort.shuffle_slots(torch.Generator().manual_seed(0))).split((0.7, 0.3))
+    model = CaliDiff.for_cohort(train, dataclasses.replace(TINY, image_steps=40, joint_steps=1, committee_steps=0, lr=4e-3))
+    history = model.fit(train, valid, progress=False)
+    losses = history["image"].values["loss"]
+    assert len(losses) == 40 and sum(losses[-8:]) < 0.7 * sum(losses[:8]) and list(history) == ["monitors", "image", "joint"]
+
+
+def test_nobody_is_asked_about_an_image_he_has_not_seen():
+    cohort, net = make_cohort("balanced", 2, 32, seed=0), CaliDiff.for_cohort(make_cohort("balanced", 2, 32, seed=0), TINY).net
+    present = cohort.present.clone()
+    present[0, 1] = False
+    with pytest.raises(ValueError, match="absent there"):
+        image_loss(net, cohort.images, cohort.masks, present, torch.tensor([1, 1]), distance_schedule())
+
+
+@pytest.mark.parametrize("off", ["normalise", "align", "fusion", "consensus", "adversary", "cross_rater"])
 def test_each_part_is_a_switch(off):
     model = trained("balanced", dataclasses.replace(TINY, **{off: False}), n=16)
     assert torch.isfinite(model.calibrate(make_cohort("balanced", 2, seed=3)).pseudo_truth).all()

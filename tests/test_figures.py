@@ -1,5 +1,7 @@
 """Pictures: pure, for every shape of input, with one style and honest words."""
+import base64
 import io
+import json
 
 import matplotlib
 import numpy as np
@@ -91,6 +93,104 @@ def test_every_other_picture_can_be_drawn(theme):
         picture.draw_without_rendering()
         assert to_hex(picture.get_facecolor()) == F.theme_of(theme).page
         assert picture.title_text in picture.alt and picture.caption in picture.alt
+
+
+def charts(r: int, missing: bool = False) -> list[F.Picture]:
+    """The charts about r raters (or methods), one of them without numbers where `missing`."""
+    w = torch.linspace(2, 1, r) / torch.linspace(2, 1, r).sum()
+    pairs = torch.full((r, r), 0.7).fill_diagonal_(1.0)
+    x = torch.linspace(0.05, 0.95, 6).expand(r, 6).clone()
+    count = torch.full((r, 6), 50.0)
+    t = torch.arange(5) * 200
+    if missing:
+        pairs[0, 1:] = pairs[1:, 0] = torch.nan
+        x[0], count[0] = torch.nan, 0
+    names = [f"method {i}" for i in range(r)]
+    return [F.show_agreement_matrix(pairs), F.show_expertness(w, w - 0.05, w + 0.05, torch.eye(r)), F.show_expertness(w), F.show_reliability(x, x, count, names=names), F.show_benchmark(names, w, w - 0.05, w + 0.05, names[0], w - w[0], w - w[0] - 0.01, w - w[0] + 0.01),
+            F.show_effective_raters(t, {n: torch.linspace(r, 1, 5) for n in names}, r), F.quality_vs_steps(torch.tensor([5]), {n: torch.tensor([0.2]) for n in names}), F.show_learning(torch.arange(3), {n: torch.tensor([1.0, 0.5, torch.nan]) for n in names}),
+            F.show_disagreement_by_size(torch.tensor([0.0] if missing else [30.0]), torch.tensor([0.5]), bands=r)]
+
+
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("r", [1, 2, 7])
+def test_every_chart_can_be_drawn_for(r, missing, recwarn):
+    for picture in charts(r, missing):
+        picture.draw_without_rendering()
+        assert picture.title_text and picture.caption and "nan" not in picture.alt, picture.alt
+    assert not [w for w in recwarn if "figures.py" in str(w.filename)]
+
+
+# charts that answer to the mouse
+
+
+def numbers_in(chart: dict) -> list[float]:
+    """Everything that plotly is told, without words."""
+    return [v for trace in chart["data"] for letter in "xy" for v in trace.get(letter, []) if isinstance(v, float)]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_chart_answers_to_the_mouse_and_plotly_knows_it(theme):
+    seen = 0
+    for picture in other_pictures(theme):
+        if all(ax.images for ax in picture.axes) and "agrees" not in picture.title_text:
+            continue  # scans and noise
+        told = F.hover(picture)
+        made = told.plotly()                                       # plotly's own validators read every field
+        assert len(made.data) == len(told.chart["data"]) > 0 and made.layout.paper_bgcolor == F.theme_of(theme).page
+        words = json.dumps(told.chart, allow_nan=False)
+        assert "http" not in words and len(words) < 200_000 and numbers_in(told.chart) or "agrees" in picture.title_text
+        assert any(picture.title_text in note["text"] for note in told.chart["layout"]["annotations"])
+        seen += 1
+    assert seen >= 9
+
+
+@pytest.mark.parametrize("r", [1, 7])
+@pytest.mark.parametrize("missing", [False, True])
+def test_charts_of_anybody_answer(r, missing):
+    for picture in charts(r, missing):
+        json.dumps(F.hover(picture).chart, allow_nan=False)        # plain JSON: no nan reaches a browser
+        F.hover(picture).plotly()
+
+
+def test_a_chart_says_the_numbers_it_was_given():
+    w, low, high = torch.tensor([0.7, 0.3]), torch.tensor([0.6, 0.1]), torch.tensor([0.75, 0.45])
+    told = F.hover(F.show_expertness(w, low, high, names=["Ann <1>", "Bob"]))
+    ann, bob = (t for t in told.chart["data"] if "error_x" in t)
+    assert ann["x"] == [pytest.approx(0.7)] and ann["text"] == ["<b>Ann &lt;1&gt;</b><br>weight (share of the trust): 0.7 [0.6, 0.75]"]
+    assert "Ann &lt;1&gt;" in "".join(ann["text"]) and "<1>" not in json.dumps(told.chart)   # names are words, not markup
+    assert bob["error_x"]["array"] == [pytest.approx(0.15)] and bob["error_x"]["arrayminus"] == [pytest.approx(0.2)]
+    bars = [t for t in told.chart["data"] if t["type"] == "bar"]
+    assert [b["x"][0] for b in bars] == pytest.approx([0.7, 0.3])
+
+
+def test_a_chart_has_a_still_twin_in_the_same_output():
+    told = F.hover(F.show_agreement_matrix(torch.eye(2), ["A", "B"]))
+    bundle = told._repr_mimebundle_()
+    assert set(bundle) == {"application/vnd.plotly.v1+json", "image/png", "text/plain"}
+    assert base64.b64decode(bundle["image/png"])[:4] == b"\x89PNG" and bundle["text/plain"] == told.picture.alt
+    assert "<b>A</b> and <b>B</b><br>0" in str(told.chart["data"])
+
+
+def test_a_static_page_shows_the_twin_and_loads_nothing():
+    nbformat, nbconvert = pytest.importorskip("nbformat"), pytest.importorskip("nbconvert")
+    bundle = F.hover(F.show_agreement_matrix(torch.eye(2), ["A", "B"]))._repr_mimebundle_()
+    cell = nbformat.v4.new_code_cell("hover(picture)", outputs=[nbformat.v4.new_output("execute_result", bundle, execution_count=1)])
+    page, _ = nbconvert.HTMLExporter(template_name="basic").from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))
+    assert "data:image/png;base64," in page and "cdn.plot.ly" not in page and "Plotly" not in page
+
+
+def test_points_can_have_names():
+    picture = F.show_disagreement_by_size(torch.tensor([10.0, 20.0, 40.0]), torch.tensor([0.5, 0.6, 0.7]))
+    cloud = next(t for t in F.hover(picture, ["a", "b", "c"]).chart["data"] if "opacity" in t.get("marker", {}))
+    assert [text.split("<br>")[0] for text in cloud["text"]] == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="tips must name each of the 3 points; got 2"):
+        F.hover(picture, ["a", "b"])
+
+
+def test_a_picture_of_scans_has_nothing_to_hover_over():
+    for picture in (F.show_notice("Nothing here."), F.filmstrip(torch.randn(3, 8, 8))):
+        with pytest.raises(ValueError, match="picture must be a chart with axes"):
+            F.hover(picture)
 
 
 def test_pictures_leave_matplotlib_as_it_was(recwarn):

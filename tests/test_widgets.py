@@ -1,5 +1,7 @@
 """Every control moves state, picture and numbers, without a browser; every widget lives with any cohort, and says what is missing."""
 import dataclasses
+import inspect
+import re
 import sys
 
 import ipywidgets as W
@@ -114,6 +116,37 @@ def test_the_twin_needs_no_kernel_no_network_and_no_ipywidgets(kind, cohort, mod
 def test_a_live_notebook_gets_the_controls(cohort, model, monkeypatch):
     monkeypatch.delenv("CALIDIFF_FAST", raising=False)
     assert "application/vnd.jupyter.widget-view+json" in make("ScheduleLab", cohort, model)._repr_mimebundle_()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_front_end_can_show_it(kind, cohort, model):
+    """Only ipywidgets' own models and anywidget, which JupyterLab, Notebook 7, VS Code, Colab and Voilà all know; and no code from elsewhere."""
+    widget = make(kind, cohort, model)
+    parts, queue = [], [widget.view]
+    while queue:
+        part = queue.pop()
+        parts.append(part)
+        queue += getattr(part, "children", ())
+    assert {p._model_module for p in parts} <= {"@jupyter-widgets/base", "@jupyter-widgets/controls", "anywidget"} and len(parts) > 4
+    for part in parts:
+        if part._model_module == "anywidget":
+            assert not re.search(r"https?:|\bimport\b|\bfetch\b|\brequire\b", part._esm.replace("http://www.w3.org", ""))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_controls_are_few_lines_over_a_figure(kind):
+    """What is not a picture and not a rule stays small: the controls of each widget."""
+    parts = [getattr(X, kind).__dict__.get(name) for name in ("controls", "rows", "surfaces", "tune")]
+    assert sum(len(inspect.getsource(part).splitlines()) for part in parts if part is not None) <= 60
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_controls_say_what_they_are(kind, cohort, model):
+    """A label on each control, a hint on the picture, a text for who does not see it."""
+    widget = make(kind, cohort, model)
+    widget.view  # noqa: B018
+    assert all(control.description.strip() for control in widget._controls.values())
+    assert widget._screen.alt and "arrow keys" in widget._screen.hint and 'role="status"' in widget._words.value
 
 
 # any cohort

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['fold_raters', 'unfold_raters', 'distance_schedule', 'draw_tokens', 'draw_times', 'joint_diffusion_loss',
-           'alone_or_together', 'noised', 'predict_raters', 'retention', 'level_for', 'normalise', 'measure_retention',
-           'step_for']
+           'alone_or_together', 'noised', 'predict_raters', 'image_loss', 'retention', 'level_for', 'normalise',
+           'measure_retention', 'step_for']
 
 # %% ../../nbs/calidiff/20_inverse.ipynb #imports
 import torch
@@ -167,6 +167,39 @@ def predict_raters(
     out = alone_or_together(model, noise.expand(b, r, -1, -1, -1).contiguous(), t, features, tokens, None, True)
     distance = from_network(out.distance, reach).clamp(-reach, reach)
     return distance, out.logit, model.presence(features, tokens)
+
+# %% ../../nbs/calidiff/20_inverse.ipynb #export-image-loss
+def image_loss(
+    model: UNet,  # the shared network
+    images: Float[Tensor, "b c h w"],  # [0, 1]
+    masks: UInt8[Tensor, "b r k h w"],  # targets, {0, 1}
+    present: Bool[Tensor, "b r"],  # who annotated; somebody in every image
+    tokens: Int[Tensor, "b"],  # who is asked: a present rater, or null or consensus for the panel
+    schedule: NoiseSchedule,  # how fast distances are forgotten
+    reach: float = 8.0,  # px; distances are truncated there
+    seed: int = 0,  # of the noise, as in `predict_raters`
+) -> dict[str, Float[Tensor, ""]]:  # "loss" and its parts, as in `joint_diffusion_loss`
+    """What one speaker an image should say at full noise; unnamed speakers answer with the panel's average.
+
+    Raises: ValueError if a rater is asked about an image he has not annotated.
+    """
+    slots = torch.arange(masks.shape[1], device=tokens.device)
+    asked = (tokens[:, None] == slots) & (tokens < model.tokens.null)[:, None]  # (b, r); nobody for null and consensus
+    heard = torch.where(asked.any(1, keepdim=True), asked, present) & present
+    if not heard.any(1).all():
+        raise ValueError("tokens must name raters who annotated the image; got one who is absent there.")
+    features = model.encode(images)
+    said, logit, there = (x[:, 0] for x in predict_raters(model, features, tokens[:, None], schedule, tuple(images.shape[-2:]), reach, seed))
+    marked = masks.bool().flatten(3).any(-1) & heard[..., None]  # (b, r, k)
+    share = marked.sum(1) / heard.sum(1, keepdim=True)  # (b, k)
+    mean = lambda x, who: (x * who[..., None, None]).sum(1) / who.sum(1).clamp(min=1)[..., None, None]  # over raters
+    error = (said - mean(signed_distance(masks, reach), marked)).square().flatten(2).mean(-1)  # (b, k)
+    parts = {
+        "distance": (error * (share > 0)).sum() / (share > 0).sum().clamp(min=1),
+        "inside": F.binary_cross_entropy_with_logits(logit, mean(masks.to(logit.dtype), heard[..., None])),
+        "presence": F.binary_cross_entropy_with_logits(there, share),
+    }
+    return {"loss": 0.5 * parts["distance"] + 4 * parts["inside"] + 0.5 * parts["presence"], **parts}
 
 # %% ../../nbs/calidiff/20_inverse.ipynb #export-retention
 def retention(

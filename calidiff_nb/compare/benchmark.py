@@ -102,13 +102,13 @@ class Scale:
     def budget(
         self,
         seed: int,                         # of weights and training
-    ) -> Budget:                           # of a rival: as many steps as both stages of the method together
+    ) -> Budget:                           # of a rival: as many steps as all stages of the method together
         """What the rivals get: the same steps, images a step, learning rate and width."""
         c = self.settings(seed)
-        return Budget(c.joint_steps + c.committee_steps, c.batch, c.lr, seed, c.widths)
+        return Budget(c.image_steps + c.joint_steps + c.committee_steps, c.batch, c.lr, seed, c.widths)
 
 # part -> what switching it off (or otherwise) changes in CaliDiffConfig
-ABLATIONS: dict[str, dict[str, Any]] = {f"without {part}": {part: False} for part in ("align", "fusion", "consensus", "adversary", "cross_rater")}
+ABLATIONS: dict[str, dict[str, Any]] = {f"without {part}": {part: False} for part in ("cross_rater", "normalise", "align", "fusion", "consensus", "adversary")}
 
 # %% ../../nbs/compare/31_benchmark.ipynb #export-cell
 @dataclass(frozen=True)
@@ -675,7 +675,7 @@ def work_of(
     _, maker, variant, seed, scale = job[0].job
     if maker == "": return 1
     c = scale.settings(seed, variant)
-    steps, masks = (c.joint_steps + 2 * c.committee_steps, 5) if maker == "calidiff" else (c.joint_steps + c.committee_steps, 4 if "diffusion" in maker or "heads" in maker else 1)
+    steps, masks = (c.image_steps / 4 + c.joint_steps + 2 * c.committee_steps, 5) if maker == "calidiff" else (c.image_steps + c.joint_steps + c.committee_steps, 4 if "diffusion" in maker or "heads" in maker else 1)
     return 1 + round(steps * c.batch * (1 + masks) * (scale.size / 64) ** 2 * sum(c.widths) / 192 / 1000)
 
 def attempt(
@@ -1266,6 +1266,7 @@ class Preset:
     ablations: dict[str, tuple[str, ...]] = field(default_factory=dict)   # name in ABLATIONS -> where; (): everywhere
     bars: tuple[Bar, ...] = BARS           # what must be reached
 
+_SMALL = Scale(400, 100, 60, 48, 16, (("widths", (16, 32, 48)), ("joint_steps", 120), ("committee_steps", 24), ("batch", 8), ("lr", 4e-3)))
 _WHOLE = {name: () if name in ("truth U-Net", "U-Net on majority", "U-Net on soft labels") else (*ACCEPTED, "ambiguous") for name in SEGMENTERS}
 _CI_BARS = (                               # margins far from what was seen, so that only a defect fails
     Bar("clearly over STAPLE", ("together",), "pseudo-truth", "dice", 0.03, "STAPLE per image", "difference", source="ordering"),
@@ -1275,9 +1276,9 @@ _CI_BARS = (                               # margins far from what was seen, so 
 )
 
 PRESETS: dict[str, Preset] = {p.name: p for p in (  # name -> how much is compared
-    Preset("quick", "minutes on two cores: ours beside everything that needs no training", ACCEPTED, 5,
-           Scale(400, 100, 60, 48, 16, (("widths", (16, 32, 48)), ("joint_steps", 120), ("committee_steps", 24), ("batch", 8), ("lr", 4e-3))),
+    Preset("quick", "minutes on two cores: ours beside everything that needs no training", ACCEPTED, 5, _SMALL,
            bars=tuple(b for b in BARS if b.method.startswith("pseudo-truth") and b.measure in ("dice", "brier"))),
+    Preset("parts", "an hour on two cores: what each part is worth, switched off in turn", ACCEPTED, 3, _SMALL, ablations={name: () for name in ABLATIONS}, bars=()),
     Preset("known-truth", "every regime, every rival, each part switched off in turn", tuple(REGIMES), 5, 
            Scale(1200, 200, 100, 64, 16, (("joint_steps", 400), ("committee_steps", 100))), _WHOLE, {name: (*ACCEPTED, "ambiguous") for name in ABLATIONS}),
     Preset("real", "radiologists: a hidden reader, and samples against all of them", ("lidc",), 3, Scale(0, 0, 0, 64, 16, (("joint_steps", 400), ("committee_steps", 100))), {n: () for n in SEGMENTERS if n != "truth U-Net"}),

@@ -7,8 +7,8 @@ __all__ = ['Progress', 'REGIME', 'PRESETS', 'FOREIGN', 'EXTRAS', 'MENDS', 'COMMA
            'Bars', 'demo_cohort', 'cache_folder', 'remembered', 'unseen_cases', 'patient_key', 'training_cohort',
            'train_model', 'evidence_of', 'run_demo', 'demo_model', 'simulated_cases', 'report_demo', 'table_text',
            'demo', 'TrainJob', 'train', 'CalibrateJob', 'calibrate', 'SegmentJob', 'segment', 'BenchmarkJob', 'compare',
-           'SpeedJob', 'speed', 'CheckJob', 'check', 'DoctorJob', 'missing_extras', 'conv_speed', 'doctor', 'diagnosis',
-           'shipped_weights', 'sentence_of', 'main']
+           'SpeedJob', 'speed', 'AppJob', 'app', 'ReleaseJob', 'release', 'GradeJob', 'grade', 'CheckJob', 'check',
+           'DoctorJob', 'missing_extras', 'conv_speed', 'doctor', 'diagnosis', 'shipped_weights', 'sentence_of', 'main']
 
 # %% ../../nbs/explore/45_cli.ipynb #parents
 import contextlib
@@ -152,18 +152,21 @@ def patient_key(
 REGIME = "together"   # of the simulated demo: two of four raters draw too large, and do it together
 
 # preset -> name of its weights, changes to CaliDiffConfig
-PRESETS = {"demo": ("lidc-rendered-64", {"joint_steps": 800, "committee_steps": 200}), "simulated": ("simulated-64", {"joint_steps": 800, "committee_steps": 200}), "quick": ("lidc-quick", {"joint_steps": 60, "committee_steps": 30})}
+PRESETS = {"demo": ("lidc-rendered-64", {"joint_steps": 800, "committee_steps": 200}), "simulated": ("simulated-64", {"joint_steps": 800, "committee_steps": 200}), "quick": ("lidc-quick", {"joint_steps": 60, "committee_steps": 30}),
+           "lidc": ("lidc-64", {"image_steps": 2500, "joint_steps": 250, "committee_steps": 80, "batch": 16})}
 
 def training_cohort(
-    preset: str,              # demo, simulated or quick
+    preset: str,              # demo, simulated, quick or lidc
     data: Path | None = None, # a cohort of your own; None: the preset's
     seed: int = 0,            # of a simulated cohort
     size: int | None = None,  # px per side of your own cohort
 ) -> Any:                            # a Cohort, all parts together
-    """Read or draw the cases that a preset trains on."""
+    """Read or draw the cases that a preset trains on. Raises: ValueError for the preset lidc without data."""
     from calidiff_nb.raters.simulate import make_cohort
     if data is None and preset == "simulated": return make_cohort(REGIME, 1500, 64, seed)
-    return demo_cohort(data, preset == "quick", size)
+    if data is None and preset == "lidc": raise ValueError("preset lidc trains on real CT, which is not in the package: --data must name a copy of LIDC-IDRI-slices or an export of it")
+    cohort = demo_cohort(data, preset == "quick", size)
+    return cohort.absent_as_empty() if preset == "lidc" else cohort   # four radiologists read every scan: no mark is an answer
 
 def train_model(
     cohort: Any,                        # a Cohort; 70 % of its patients train, 15 % judge the raters, 15 % stay unseen
@@ -291,9 +294,10 @@ def demo(
 @dataclass(frozen=True)
 class TrainJob:
     """Train a model and save it; an interrupted training goes on where it stopped."""
-    preset: Literal["demo", "simulated", "quick"] = "demo"   # the recipe: of the weights in the package, or a short one
+    preset: Literal["demo", "simulated", "quick", "lidc"] = "demo"   # the recipe: of the weights in the package, or a short one; lidc needs --data
     data: Path | None = None              # folder with a cohort of your own; without it the preset's
     size: int | None = None               # px per side of your own cohort; without it the layout's usual crop, or the largest picture
+    image_steps: int | None = None        # steps of what the image alone says, before stage 1; without it the preset's
     joint_steps: int | None = None        # steps of stage 1; without it the preset's
     committee_steps: int | None = None    # steps of stages 2 and 3; without it the preset's
     out: Path = Path("model.safetensors") # the file to write
@@ -309,7 +313,7 @@ def train(
     if not config.out.parent.exists(): config.out.parent.mkdir(parents=True)
     cohort = training_cohort(config.preset, config.data, config.seed, config.size)
     print(cohort.summary())
-    settings = PRESETS[config.preset][1] | {n: v for n in ("joint_steps", "committee_steps") if (v := getattr(config, n)) is not None}
+    settings = PRESETS[config.preset][1] | {n: v for n in ("image_steps", "joint_steps", "committee_steps") if (v := getattr(config, n)) is not None}
     model, _ = train_model(cohort, settings, config.seed, config.checkpoint)
     if not Team().first: return 0    # under torchrun every process holds the same model, and one writes it
     model.save(config.out)
@@ -378,7 +382,7 @@ def segment(
 @dataclass(frozen=True)
 class BenchmarkJob:
     """Compare the method with everything a researcher would use instead, where the truth is known and on real annotations."""
-    preset: Literal["quick", "known-truth", "real", "ci"] = "quick"   # how much
+    preset: Literal["quick", "parts", "known-truth", "real", "ci"] = "quick"   # how much
     seeds: int | None = None              # how many trainings; without it the preset's
     data: tuple[str, ...] = ()            # other regimes, folders with cohorts, or module:function that draws one
     out: Path = Path("benchmark")         # folder for report.md, table.csv, cases.csv, report.json
@@ -412,6 +416,61 @@ def speed(
         report = speed_report(config.sizes, config.quick, pick_device(), config.precision, bars)
     print(report)
     return 0
+
+# %% ../../nbs/explore/45_cli.ipynb #export-app-config
+@dataclass(frozen=True)
+class AppJob:
+    """Serve the app on this machine: your own folder, step by step, in a browser."""
+    folder: Annotated[Path | None, tyro.conf.Positional] = None   # where to begin to look for data; without it here
+    out: Path = Path(".")                 # results go below it
+    port: int = 0                         # where to listen; 0: any that is free
+    browser: bool = True                  # show the page at once
+
+def app(
+    config: AppJob,        # what to do
+) -> int:                  # exit code
+    """Serve the page until Ctrl-C; print its address, with the token in it."""
+    from calidiff_nb.explore.app import serve_app
+    return serve_app(config.folder, config.port, open_browser=config.browser, home=config.out, announce=lambda address: print(f"The app, until Ctrl-C: {address}", flush=True))
+
+# %% ../../nbs/explore/45_cli.ipynb #export-class-config
+@dataclass(frozen=True)
+class ReleaseJob:
+    """Write everything a class needs: exercises for each student, answer key, slides, syllabus, data and weights."""
+    roster: Path                          # CSV file with the columns id and name
+    name: Annotated[str, tyro.conf.arg(name="class")] = "calidiff"   # of the class, such as 2027
+    out: Path = Path("class")             # folder for the class
+    exercises: tuple[str, ...] = ()       # such as E3; without it all
+    answers: bool = True                  # also an answer key, run for this class (takes minutes)
+
+def release(
+    config: ReleaseJob,    # what to do
+) -> int:                  # exit code
+    """Release a class, or add who is new to one."""
+    from calidiff_nb.explore.course import release_class
+    with contextlib.closing(Bars()) as bars:
+        print(release_class(config.name, config.roster, config.out, exercises=config.exercises or None, answers=config.answers, progress=bars))
+    return 0
+
+@dataclass(frozen=True)
+class GradeJob:
+    """Grade what a class has handed in, in a sandbox; write a CSV and a feedback page for each."""
+    folder: Path                          # of a released class, with submissions/ID/EXERCISE.ipynb
+    exercises: tuple[str, ...] = ()       # such as E3; without it all
+    cell_seconds: float = 60.0            # of the processor, for one cell of a student
+    memory_gb: float = 4.0                # for a student, beyond what Python and torch take
+    workers: int = 1                      # notebooks at a time
+
+def grade(
+    config: GradeJob,      # what to do
+) -> int:                  # exit code: 3 if a notebook could not be read
+    """Grade, going on where an earlier start stopped."""
+    from calidiff_nb.explore.course import Limits, grade_class
+    limits = Limits(cell_seconds=config.cell_seconds, memory_gb=config.memory_gb)
+    with contextlib.closing(Bars()) as bars:
+        report = grade_class(config.folder, limits, config.exercises or None, config.workers, bars)
+    print(report)
+    return 3 if report.problems else 0
 
 # %% ../../nbs/explore/45_cli.ipynb #export-check-config
 @dataclass(frozen=True)
@@ -470,6 +529,7 @@ def diagnosis() -> Iterator[str]:      # lines of text
     """Say, line by line, how this installation is."""
     import torch
 
+    from calidiff_nb.explore.course import lesson_minutes
     from calidiff_nb.raters.cases import pick_device
     def version(p: str) -> str:
         try: return importlib.metadata.version(p)
@@ -479,6 +539,8 @@ def diagnosis() -> Iterator[str]:      # lines of text
     device = pick_device()
     yield f"Device: {device}" + (f" ({torch.cuda.get_device_name()})" if device.type == "cuda" else f", {torch.get_num_threads()} threads, {os.cpu_count()} processors")
     yield f"Speed: {conv_speed():.0f} billion multiply-adds a second in a 3 × 3 convolution, forward and backward, on the processor"
+    try: yield from str(lesson_minutes()).splitlines()
+    except FileNotFoundError as error: yield f"Lessons: {error}"
     names = shipped_weights()
     yield f"Weights in the package: {', '.join(names)}" if names else "Weights in the package: none; make them with: calidiff train"
     missing = missing_extras()
@@ -492,11 +554,13 @@ def shipped_weights() -> list[str]:    # names for `--model`
 
 # %% ../../nbs/explore/45_cli.ipynb #export-commands
 # settings -> the command that takes them
-COMMANDS = {DemoConfig: demo, TrainJob: train, CalibrateJob: calibrate, SegmentJob: segment, BenchmarkJob: compare, SpeedJob: speed, CheckJob: check, DoctorJob: doctor}
+COMMANDS = {DemoConfig: demo, TrainJob: train, CalibrateJob: calibrate, SegmentJob: segment, BenchmarkJob: compare, SpeedJob: speed, AppJob: app, ReleaseJob: release, GradeJob: grade,
+            CheckJob: check, DoctorJob: doctor}
 
 # what `calidiff` can be asked for, as tyro reads it
 Job = (Annotated[DemoConfig, tyro.conf.subcommand("demo")] | Annotated[TrainJob, tyro.conf.subcommand("train")] | Annotated[CalibrateJob, tyro.conf.subcommand("calibrate")]
        | Annotated[SegmentJob, tyro.conf.subcommand("segment")] | Annotated[BenchmarkJob, tyro.conf.subcommand("benchmark")] | Annotated[SpeedJob, tyro.conf.subcommand("speed")]
+       | Annotated[AppJob, tyro.conf.subcommand("app")] | Annotated[ReleaseJob, tyro.conf.subcommand("release")] | Annotated[GradeJob, tyro.conf.subcommand("grade")]
        | Annotated[CheckJob, tyro.conf.subcommand("check-data")] | Annotated[DoctorJob, tyro.conf.subcommand("doctor")])
 
 # %% ../../nbs/explore/45_cli.ipynb #export-main

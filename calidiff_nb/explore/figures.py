@@ -10,11 +10,12 @@ __all__ = ['RATER_COLOURS', 'RATER_LINES', 'THEMES', 'GOOD', 'BAD', 'TRUTH_LINE'
            'show_pseudo_truth', 'show_reliability', 'show_samples', 'verdict', 'show_benchmark', 'show_learning',
            'quality_vs_steps', 'Board', 'show_notice', 'DenoiseState', 'Walk', 'show_denoising', 'ExploreState',
            'Opinions', 'show_opinions', 'ScheduleState', 'ScheduleView', 'show_schedule_lab', 'RoomState', 'Room',
-           'show_room', 'DrawState', 'Drawn', 'show_drawn', 'as_png', 'data_uri', 'player_html']
+           'show_room', 'DrawState', 'Drawn', 'show_drawn', 'Hover', 'hover', 'as_png', 'data_uri', 'player_html']
 
 # %% ../../nbs/explore/40_figures.ipynb #parents
 import base64
 import html
+import importlib
 import io
 import json
 import textwrap
@@ -27,14 +28,15 @@ from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import Collection, LineCollection
-from matplotlib.colors import to_rgb
+from matplotlib.collections import Collection, LineCollection, PathCollection
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 from torch import Tensor
 
@@ -155,7 +157,7 @@ class Picture(Figure):
         floor = (self.words_height + self.keys_height) / height
         if self.get_layout_engine() is not None: self.get_layout_engine().set(rect=(0, floor, 1, 1 - floor))
 
-    def _repr_png_(self) -> bytes: return _frugal(self._pixels(68))
+    def _repr_png_(self) -> bytes: return _frugal(self._pixels(96))   # words as large as those of the page around it
 
 # %% ../../nbs/explore/40_figures.ipynb #export-recolour
 def _recolour(artist, inks: dict, pages: dict) -> None:
@@ -510,7 +512,7 @@ def filmstrip(
     """Put the states of a walk beside each other."""
     n = len(frames)
     chosen = np.unique(np.linspace(0, n - 1, min(most, n)).round().astype(int))
-    fig, axes, look = new_picture(title, caption, (min(6.4, 1.6 * len(chosen)), 0.9 + 6.4 / max(len(chosen), 4)), (1, len(chosen)), theme)
+    fig, axes, look = new_picture(title, caption, (min(6.4, max(1.6 * len(chosen), 3.4)), 0.9 + 6.4 / max(len(chosen), 4)), (1, len(chosen)), theme)
     for ax, i in zip(axes[0], chosen, strict=True):
         _still(ax, _array(frames[i]), distance, reach)
         ax.set_title(labels[i] if labels is not None else f"state {i}", fontsize=8, pad=3)
@@ -1064,20 +1066,6 @@ class Board(Picture):
         self._place()
         return self
 
-    def chart(
-        self,
-        x: float,              # inches from the left to the chart's box
-        y: float,              # inches from the top of the body
-        width: float,          # of the box, inches
-        height: float,         # of the box, inches
-    ) -> Axes:
-        """Open ordinary axes on the board."""
-        ax = self.add_axes((0, 0, 1, 1))
-        ax.inches = (x, y, width, height)
-        _dress(ax, self.look)
-        self._place()
-        return ax
-
     def _place(self) -> None:
         total = self.get_figheight()
         for ax in self.axes:
@@ -1251,9 +1239,9 @@ def show_denoising(
     if not 0 <= i <= end: raise ValueError(f"frame must lie in 0..{end} for a walk of {end} steps; got {i}")
     now, belief, after = (_array(x) for x in (walk.states[i, k], walk.belief(i, k), walk.states[min(i + 1, end), k]))
     fig, ax, look = _new_board("Walking back from noise", _moment_sentence(state, walk), 7.2, 3.25, theme)
-    lines = _reference_lines(walk, k) + ((belief, 0.0, VERDICT_LINE, 1.8),)
+    lines, most = _reference_lines(walk, k) + ((belief, 0.0, VERDICT_LINE, 1.8),), max(float(np.quantile(np.abs(after - now), 0.995)), 0.01)
     tiles = [_signed(now, f"state $x_t$,  t = {int(walk.timesteps[i])}" if i < end else "the result"), _signed(belief, "predicted $x_0$"),
-             _signed(after - now, "what the step changes", outlined=False), _Tile(_grey(walk.image), "predicted outline", lines)]
+             _signed(after - now, f"the step's change, ±{most:.2g}", most, False), _Tile(_grey(walk.image), "predicted outline", lines)]
     foot = _tiles(ax, look, tiles, _window(belief, None), 0, 7.2, 1.72)
     keys = [(walk.wanted_name, TRUTH_LINE)] if walk.wanted is not None else []
     if walk.begun is not None: keys.append((f"the mask that was noised ({state.start})", rater_style(walk.begun_rater)))
@@ -1411,6 +1399,20 @@ class ScheduleView:
         return {"signal kept": a, "signal to noise (dB)": 10 * float(np.log10(max(odds, 1e-12))), "half gone at t": int((self.kept > 0.5).sum()), "left at the end": float(self.kept[-1]),
                 f"miss at {int(self.calls[0])} calls (px)": float(self.miss[0]), f"miss at {int(self.calls[-1])} calls (px)": float(self.miss[-1])}
 
+# %% ../../nbs/explore/40_figures.ipynb #export-area
+def _area(ax, look: Theme, box: tuple, x: tuple, y: tuple, xticks: Sequence[float], yticks: Sequence[float], xlabel: str, ylabel: str):
+    """Draw the frame of a small chart by hand, ten times as quick as axes; returns where values lie, in inches."""
+    left, top, width, height = box
+    def at(u, v): return left + width * (np.asarray(u) - x[0]) / (x[1] - x[0]), top + height * (1 - (np.asarray(v) - y[0]) / (y[1] - y[0]))
+    foot, ups, outs = top + height, [float(at(u, 0)[0]) for u in xticks], [float(at(0, v)[1]) for v in yticks]
+    marks = [[(left, top), (left, foot), (left + width, foot)], *([(u, foot), (u, foot + 0.04)] for u in ups), *([(left - 0.04, v), (left, v)] for v in outs)]
+    ax.add_collection(LineCollection(marks, colors=look.quiet, linewidths=0.8), autolim=False)
+    for u, value in zip(ups, xticks): ax.text(u, foot + 0.06, f"{value:g}", fontsize=8, color=look.ink, ha="center", va="top")
+    for v, value in zip(outs, yticks): ax.text(left - 0.07, v, f"{value:g}", fontsize=8, color=look.ink, ha="right", va="center")
+    ax.text(left + width / 2, foot + 0.2, xlabel, fontsize=8.5, color=look.ink, ha="center", va="top")
+    ax.text(left - 0.4, top + height / 2, ylabel, fontsize=8.5, color=look.ink, ha="center", va="center", rotation=90)
+    return at
+
 # %% ../../nbs/explore/40_figures.ipynb #export-show-lab
 def show_schedule_lab(
     state: ScheduleState,    # the bend, and the step looked at
@@ -1419,18 +1421,18 @@ def show_schedule_lab(
 ) -> Board:                  # signal, ratio, cost; the mask at seven moments and at t
     """Show a bent schedule beside the straight one, and what the bend costs."""
     fig, ax, look = _new_board("Bending a schedule", _bend_sentence(state, view), 7.2, 3.25, theme)
-    bent, straight = _array(view.kept), _array(view.straight)
-    t = np.arange(len(bent))
-    decibel = lambda a: 10 * np.log10(np.clip(a, 1e-6, 1 - 1e-6) / (1 - np.clip(a, 1e-6, 1 - 1e-6)))
-    left, middle, right = (fig.chart(0.5 + 2.42 * i, 0.08, 1.78, 1.32) for i in range(3))
-    for chart, curve, unit in ((left, lambda a: a, "signal kept ᾱ"), (middle, decibel, "signal to noise (dB)")):
-        chart.plot(t, curve(straight), **rater_style(1), linewidth=1.4)
-        chart.plot(t, curve(bent), **rater_style(0), linewidth=2)
-        chart.plot([state.t], [curve(bent)[state.t]], marker="o", markersize=7, color=rater_style(0)["color"], markeredgecolor=look.ink)
-        chart.set(xlabel="step t", ylabel=unit)
-    calls = _array(view.calls)
-    for i, values in ((1, view.miss_straight), (0, view.miss)): right.plot(calls, _array(values), **rater_style(i), linewidth=1.8, marker="so"[i], markersize=4)
-    right.set(xlabel="calls", ylabel="miss (px)", ylim=(0, None), xticks=calls)
+    bent, straight, t = _array(view.kept), _array(view.straight), np.arange(len(view.kept))
+    decibel = lambda a: 10 * np.log10(np.clip(a, 1e-5, 1 - 1e-5) / (1 - np.clip(a, 1e-5, 1 - 1e-5)))
+    calls, costs = _array(view.calls), [_array(view.miss), _array(view.miss_straight)]
+    most = max(*(float(c.max()) for c in costs), 0.05)
+    steps = MaxNLocator(3, steps=[1, 2, 5, 10]).tick_values(0, most)
+    charts = ((lambda a: a, "signal kept ᾱ", (0, 1), (0, 0.5, 1)), (decibel, "signal to noise (dB)", (-52, 52), (-50, -25, 0, 25, 50)))
+    for i, (curve, unit, limits, ticks) in enumerate(charts):
+        at = _area(ax, look, (0.58 + 2.42 * i, 0.08, 1.72, 1.32), (0, len(t)), limits, (0, 500, 1000), ticks, "step t", unit)
+        for r, a in ((1, straight), (0, bent)): ax.plot(*at(t[::4], curve(a)[::4]), **rater_style(r), linewidth=2 - 0.6 * r)
+        ax.plot(*at(t[[state.t]], curve(bent)[[state.t]]), marker="o", markersize=7, color=rater_style(0)["color"], markeredgecolor=look.ink)
+    at = _area(ax, look, (5.42, 0.08, 1.66, 1.32), (0, float(calls[-1]) * 1.05), (0, max(most, float(steps[-1]))), calls.tolist(), [float(v) for v in steps if v >= 0], "calls", "miss (px)")
+    for r in (1, 0): ax.plot(*at(calls, costs[r]), **rater_style(r), linewidth=1.8, marker="os"[r], markersize=4)
     foot = _keys(ax, look, [("bent", rater_style(0)), (f"straight {state.kind}", rater_style(1))], 1.9, 7.2)
     window = _window(np.ones(tuple(view.now.shape)), None)
     tiles = [_signed(_array(x), f"t = {int(s)}") for s, x in zip(view.moments, view.noisy)] + [_signed(_array(view.now), f"here: {state.t}")]
@@ -1621,6 +1623,163 @@ def _drawn_sentence(state: DrawState, data: Drawn) -> str:
     true += f", {n['you normalised and the truth']:.2f} normalised." if "you normalised and the truth" in n else "." if true else ""
     weight = f" The committee gives you {_percent(n['your weight'])} of its trust in raters, on {data.cases} case{'s' if data.cases > 1 else ''} of yours." if "your weight" in n else ""
     return f"You marked {n['your area (px)']} px{near}.{true}{weight} {data.note}".strip()
+
+# %% ../../nbs/explore/40_figures.ipynb #export-hover-parts
+_SHAPES = {"o": "circle", "s": "square", "D": "diamond", "^": "triangle-up", "v": "triangle-down", "<": "triangle-left", ">": "triangle-right"}
+
+def _dash(line: Line2D) -> str:
+    if line.get_linestyle() == "-": return "solid"
+    _, marks = getattr(line, "_unscaled_dash_pattern", (0, (4, 2)))
+    return ",".join(f"{float(m) * line.get_linewidth():.1f}px" for m in marks)
+
+def _pen(line: Line2D) -> dict:
+    """The look of a matplotlib line, for plotly."""
+    mark, drawn = _SHAPES.get(line.get_marker()), line.get_linestyle().lower() not in ("none", "")
+    look = {"mode": "+".join(["lines"] * drawn + ["markers"] * (mark is not None)) or "none"}
+    if drawn: look["line"] = {"color": to_hex(line.get_color()), "width": 1.4 * line.get_linewidth(), "dash": _dash(line), "shape": "hvh" if line.get_drawstyle() == "steps-mid" else "linear"}
+    if mark: look["marker"] = {"symbol": mark, "size": 1.5 * line.get_markersize(), "color": to_hex(line.get_markerfacecolor())}
+    return look
+
+def _plain(values: object) -> list: return [float(f"{v:.6g}") if np.isfinite(v) else None for v in np.asarray(values, float).ravel()]
+
+def _categories(axis) -> list[str]:
+    """The words on an axis whose places have names."""
+    words = [label.get_text() for label in axis.get_ticklabels()]
+    return words if isinstance(axis.get_major_locator(), FixedLocator) and any(words) and axis.get_scale() == "linear" else []
+
+def _said(ax, x: np.ndarray, y: np.ndarray, name: str, spans: Mapping[str, np.ndarray], tips: Sequence[str] | None = None) -> list[str]:
+    """What each point answers: who, what, how much, how sure."""
+    out = []
+    for i in range(len(x)):
+        parts = [html.escape(w) for w in (name, tips[i] if tips else "") if w]
+        for axis, letter, v in ((ax.xaxis, "x", x[i]), (ax.yaxis, "y", y[i])):
+            words = _categories(axis)
+            if words and float(v).is_integer() and 0 <= v < len(words): parts.insert(0, f"<b>{html.escape(words[int(v)])}</b>"); continue
+            sure = f" [{spans[letter][i, 0]:.4g}, {spans[letter][i, 1]:.4g}]" if letter in spans else ""
+            parts.append(f"{html.escape(_quantity(ax, letter))}: {v:.4g}{sure}")
+        out.append("<br>".join(parts))
+    return out
+
+def _quantity(ax, letter: str) -> str:
+    shared = (ax.get_shared_x_axes() if letter == "x" else ax.get_shared_y_axes()).get_siblings(ax)
+    words = [getattr(other, f"get_{letter}label")() for other in (ax, *shared)]
+    return next((w for w in words if w), letter).replace("\n", " ")
+
+# %% ../../nbs/explore/40_figures.ipynb #export-hover-traces
+def _spans(container: ErrorbarContainer) -> tuple[Line2D, dict[str, np.ndarray]]:
+    """The points of an error bar, and the two ends of each interval by axis."""
+    letters = ["x"] * container.has_xerr + ["y"] * container.has_yerr
+    ends = {letter: np.array([s[:, "xy".index(letter)] for s in bars.get_segments()]) for letter, bars in zip(letters, container[2])}
+    return container[0], {letter: e for letter, e in ends.items() if len(e)}
+
+def _line_traces(ax) -> list[dict]:
+    """Every line, point and interval of a panel."""
+    bars = [(c, *_spans(c)) for c in ax.containers if isinstance(c, ErrorbarContainer)]
+    parts = {id(part) for c, *_ in bars for part in (c[0], *c[1])}
+    rows = [(line, {}, line.get_label()) for line in ax.get_lines() if id(line) not in parts and line.get_transform() == ax.transData]
+    rows += [(line, spans, c.get_label()) for c, line, spans in bars if line is not None]
+    out = []
+    for line, spans, label in rows:
+        x, y, name = np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float), "" if str(label).startswith("_") else str(label)
+        trace = {"type": "scatter", "x": _plain(x), "y": _plain(y), "name": name, "showlegend": False, "legendgroup": name, "hoverinfo": "text", "text": _said(ax, x, y, name, spans)} | _pen(line)
+        for letter, at in (("x", x), ("y", y)):
+            if letter in spans: trace[f"error_{letter}"] = {"type": "data", "symmetric": False, "array": _plain(spans[letter][:, 1] - at), "arrayminus": _plain(at - spans[letter][:, 0]), "color": to_hex(line.get_color()), "thickness": 1.8, "width": 5}
+        out.append(trace)
+    return out
+
+def _field_traces(ax, tips: Sequence[str] | None) -> list[dict]:
+    """Clouds of points, bars and maps of a panel."""
+    out = []
+    for cloud in (c for c in ax.collections if isinstance(c, PathCollection)):
+        x, y = np.asarray(cloud.get_offsets(), float).reshape(-1, 2).T
+        if tips is not None and len(tips) != len(x): raise ValueError(f"tips must name each of the {len(x)} points; got {len(tips)}")
+        out.append({"type": "scatter", "mode": "markers", "x": _plain(x), "y": _plain(y), "showlegend": False, "hoverinfo": "text", "text": _said(ax, x, y, "", {}, tips),
+                    "marker": {"color": to_hex(cloud.get_facecolor()[0]), "opacity": max(float(cloud.get_alpha() or 1), 0.5), "size": 6}})
+    for box in (p for p in ax.patches if p.get_width() and p.get_height() < 1):
+        out.append({"type": "bar", "orientation": "h", "x": [float(box.get_width())], "y": [box.get_y() + box.get_height() / 2], "width": [box.get_height()], "showlegend": False, "hoverinfo": "skip", "marker": {"color": to_hex(box.get_facecolor()), "opacity": float(box.get_alpha() or 1)}})
+    for shown in (s for s in ax.images if np.ndim(s.get_array()) == 2):
+        z, columns, lines = np.ma.filled(shown.get_array().astype(float), np.nan), _categories(ax.xaxis), _categories(ax.yaxis)
+        who = lambda r, c: f"<b>{html.escape(lines[r])}</b> and <b>{html.escape(columns[c])}</b>" if lines and columns else f"row {r}, column {c}"
+        out.append({"type": "heatmap", "z": [_plain(row) for row in z], "zmin": float(shown.norm.vmin), "zmax": float(shown.norm.vmax), "hoverinfo": "text", "showscale": False,
+                    "text": [[f"{who(r, c)}<br>{v:.3g}" for c, v in enumerate(row)] for r, row in enumerate(z)], "colorscale": [[float(v), to_hex(shown.cmap(v))] for v in np.linspace(0, 1, 13)]})
+    return out
+
+# %% ../../nbs/explore/40_figures.ipynb #export-hover-axes
+def _axis(ax, letter: str, place: tuple[float, float], look: Theme, size: float) -> dict:
+    """One axis of a panel, at its place on the page."""
+    axis, limits = getattr(ax, f"{letter}axis"), getattr(ax, f"get_{letter}lim")()
+    log, words = axis.get_scale() == "log", _categories(axis)
+    out = {"domain": list(place), "range": [float(np.log10(v)) if log else float(v) for v in limits], "type": "log" if log else "linear", "showgrid": False, "zeroline": False,
+           "showline": not ax.images, "linecolor": look.quiet, "ticks": "" if ax.images else "outside", "ticklen": 4, "tickcolor": look.quiet, "tickfont": {"size": size, "color": look.ink},
+           "title": {"text": html.escape(getattr(ax, f"get_{letter}label")()), "standoff": 4, "font": {"size": size + 0.5, "color": look.ink}}, "showticklabels": bool(axis.get_tick_params().get("labelbottom" if letter == "x" else "labelleft", True))}
+    ticks = [float(v) for v in axis.get_ticklocs() if min(limits) <= v <= max(limits)]
+    named = words if words else [f"{v:g}" for v in ticks] if log else []
+    return out | ({"tickvals": ticks, "ticktext": [html.escape(w) for w in named], "tickangle": -axis.get_ticklabels()[0].get_rotation() if ticks else 0} if named and len(named) == len(ticks) else {"nticks": 6})
+
+def _rulers(ax, number: str) -> list[dict]:
+    """Lines across a whole panel."""
+    out = []
+    for line in (one for one in ax.get_lines() if one.get_transform() != ax.transData):
+        (a, b), (c, d) = line.get_xdata(), line.get_ydata()
+        flat = line.get_transform() == ax.get_yaxis_transform()
+        out.append({"type": "line", "layer": "below", "xref": f"x{number} domain" if flat else f"x{number}", "yref": f"y{number}" if flat else f"y{number} domain", "x0": float(a), "x1": float(b), "y0": float(c), "y1": float(d), "line": {"color": to_hex(line.get_color()), "width": 1, "dash": _dash(line)}})
+    return out
+
+def _note(text: str, x: float, y: float, size: float, colour: str, **more: object) -> dict:
+    return {"text": text, "x": float(x), "y": float(y), "xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "top", "align": "left", "showarrow": False, "font": {"size": size, "color": colour}} | more
+
+def _legend_of(picture: Picture) -> tuple[list[dict], dict]:
+    """The keys of a picture's first legend, and where it stands."""
+    legends = [*picture.legends, *filter(None, (ax.get_legend() for ax in picture.axes))]
+    if not legends: return [], {}
+    legend, page = legends[0], picture.bbox
+    box = legend.get_window_extent()
+    keys = [{"type": "scatter", "x": [None], "y": [None], "name": html.escape(t.get_text()), "legendgroup": t.get_text(), "showlegend": True} | _pen(h) for h, t in zip(legend.legend_handles, legend.get_texts()) if isinstance(h, Line2D)]
+    row = len({round(t.get_window_extent().y0) for t in legend.get_texts()}) == 1 and len(keys) > 1
+    return keys, {"x": float(box.x0 / page.width), "y": float(box.y1 / page.height), "xanchor": "left", "yanchor": "top", "orientation": "h" if row else "v", "bgcolor": "rgba(0,0,0,0)", "font": {"size": 11, "color": picture.look.ink}}
+
+# %% ../../nbs/explore/40_figures.ipynb #export-hover
+@dataclass(frozen=True, eq=False)
+class Hover:
+    """A chart that answers to the mouse, and the still picture that stands in for it."""
+    picture: Picture   # as printed
+    chart: dict        # the same for plotly.js: data, layout and config, plain lists and words
+
+    def plotly(self) -> object:   # a plotly.graph_objects.Figure, to go on with
+        """Hand the chart over to plotly. Raises: ImportError without it."""
+        try: go = importlib.import_module("plotly.graph_objects")
+        except ImportError as problem: raise ImportError('plotly() needs plotly: pip install "calidiff_nb[widgets]" (the notebook shows the chart without)') from problem
+        return go.Figure({"data": self.chart["data"], "layout": self.chart["layout"]})
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, object]:
+        return {"application/vnd.plotly.v1+json": self.chart, "image/png": base64.b64encode(self.picture._repr_png_()).decode(), "text/plain": self.picture.alt}
+
+def hover(
+    picture: Picture,                   # a chart of this notebook: lines, points, intervals, matrices
+    tips: Sequence[str] | None = None,  # a name for each point of a cloud, such as the case's
+) -> Hover:
+    """Read a finished chart, and let it answer to the mouse.
+
+    Raises: ValueError for a picture of scans, or where `tips` do not match the points.
+    """
+    charts = [ax for ax in picture.axes if ax.axison and ax.get_label() != "<colorbar>" and not (ax.images and not _categories(ax.xaxis))]
+    if isinstance(picture, Board) or not charts: raise ValueError(f"picture must be a chart with axes; {picture.title_text!r} has none, so there is nothing to hover over")
+    picture.draw_without_rendering()
+    look, width, height = picture.look, 96 * picture.get_figwidth(), 96 * picture.get_figheight()   # CSS pixels
+    keys, legend = _legend_of(picture)
+    data, notes, rulers, axes = list(keys), [], [], {}
+    for i, ax in enumerate(charts):
+        number, at = str(i + 1) if i else "", ax.get_position()
+        data += [trace | {"xaxis": f"x{number}", "yaxis": f"y{number}"} for trace in [*_field_traces(ax, tips), *_line_traces(ax)]]
+        axes |= {f"xaxis{number}": _axis(ax, "x", (at.x0, at.x1), look, 11) | {"anchor": f"y{number}"}, f"yaxis{number}": _axis(ax, "y", (at.y0, at.y1), look, 11) | {"anchor": f"x{number}"}}
+        notes += [_note(html.escape(t.get_text()), *t.get_position(), 11, to_hex(t.get_color()), xref=f"x{number}", yref=f"y{number}", xanchor=t.get_ha(), yanchor={"center": "middle", "baseline": "bottom"}.get(t.get_va(), t.get_va()), textangle=-t.get_rotation()) for t in ax.texts]
+        rulers += _rulers(ax, number)
+    for bar in (ax for ax in picture.axes if ax.get_label() == "<colorbar>"): notes.append(_note(html.escape(bar.get_ylabel() or bar.get_xlabel()), bar.get_position().x0, bar.get_position().y1, 11, look.ink, xanchor="left", textangle=90))
+    if not keys: axes["showlegend"] = False
+    words = [_note(f"<b>{html.escape(picture.title_text)}</b>", 0.01, 0.995, 14, look.ink), *(_note(html.escape(t.get_text()).replace("\n", "<br>"), 0.01, t.get_position()[1], 12, look.ink) for t in picture.texts if t.get_text() and t.get_text() != picture.get_suptitle())]
+    layout = {"width": round(width), "height": round(height), "margin": dict.fromkeys("lrtb", 0) | {"pad": 0}, "paper_bgcolor": look.page, "plot_bgcolor": look.page, "font": {"family": "DejaVu Sans, Verdana, sans-serif", "color": look.ink},
+              "hovermode": "closest", "hoverlabel": {"align": "left", "bgcolor": look.page, "bordercolor": look.quiet, "font": {"color": look.ink, "size": 12}}, "dragmode": "zoom", "legend": legend, "annotations": [*words, *notes], "shapes": rulers, "barmode": "overlay", "template": {}}
+    return Hover(picture, {"data": data, "layout": layout | axes, "config": {"displaylogo": False, "displayModeBar": "hover", "showTips": False}})
 
 # %% ../../nbs/explore/40_figures.ipynb #export-figure-html
 def as_png(

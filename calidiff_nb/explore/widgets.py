@@ -238,7 +238,7 @@ _SCREEN = """
 function render({model, el}) {
   const box = document.createElement('div'), img = document.createElement('img');
   box.tabIndex = 0; box.setAttribute('role', 'group'); box.setAttribute('data-lm-suppress-shortcuts', 'true'); box.className = 'calidiff-screen';
-  box.style.cssText = 'display:inline-block;max-width:100%;outline-offset:2px;border-radius:6px'; img.style.cssText = 'display:block;max-width:100%;height:auto';
+  box.style.cssText = 'display:inline-block;max-width:calc(100% - 8px);margin:4px;border-radius:6px'; img.style.cssText = 'display:block;max-width:100%;height:auto';
   box.append(img); el.append(box);
   let url = null;
   function draw() {
@@ -283,8 +283,10 @@ class _Front:
             if hasattr(control, "on_click"): control.on_click(functools.partial(self._pressed, name))
             else: control.observe(functools.partial(self._moved, name), "value")
         self._screen.observe(lambda change: self.step(change["new"][1]), "turns")
-        row = W.Layout(flex_flow="row wrap", align_items="center", max_width="64rem")
-        self._view = W.VBox([W.Box(self.rows(W), layout=row), *self.surfaces(W), self._words])
+        groups = [self._grid(W, group) for group in self.rows(W) if group]
+        parts = self.surfaces(W)
+        beside = any(self._words in getattr(part, "children", ()) for part in parts)
+        self._view = W.VBox([*groups, *parts, *([] if beside else [self._words])])
         self._redraw()
         return self._view
 
@@ -325,10 +327,14 @@ class _Front:
     def tune(self) -> None:
         """Bring ranges and options of the controls into line with the state."""
 
+    def _grid(self, W, parts):
+        pairs = any(isinstance(part, W.HBox) for part in parts)   # a switch and a slider for each rater: two in a row
+        return W.Box(parts, layout=W.Layout(flex_flow="row wrap", align_items="center", max_width="46rem" if pairs else "66rem"))
+
     def rows(self, W) -> list:
         whose = {}
-        for name, control in self._controls.items(): whose.setdefault(name.partition(":")[2] or name, []).append(control)
-        return [part[0] if len(part) == 1 else W.HBox(part) for part in whose.values()]
+        for name, control in self._controls.items(): whose.setdefault(name.partition(":")[2], []).append(control)
+        return [whose.pop("", []), [W.HBox(part) for part in whose.values()]]
 
     def surfaces(self, W) -> list: return [self._screen]
 
@@ -446,8 +452,8 @@ def twin(
     caption: str,                                  # what can be seen here
     first: int = 0,                                # frame shown at the start
     theme: str = "light",                          # light or dark
-    dpi: int = 68,                                 # dots per inch
-    quality: int = 28,                             # of the WebP frames
+    dpi: int = 96,                                 # dots per inch: words as large as the page's
+    quality: int = 10,                             # of the WebP frames; outlines and words stay clean
 ) -> str:                                          # an HTML fragment
     """Make a player of the pictures of some states."""
     boards = {name: [ask_for(state) for state in row] for name, row in states.items()}
@@ -571,7 +577,7 @@ class DenoisePlayer(Explorable):
     ) -> dict[str, object]:
         """Slider and play button, and what is asked."""
         if self.cohort is None: return {}
-        s, narrow = self._state, W.Layout(width="15rem")
+        s, narrow = self._state, W.Layout(width="17rem")
         pick = lambda label, options, value: W.Dropdown(options=options, value=value, description=label, layout=narrow)
         frame = W.IntSlider(s.frame, 0, s.steps, description="frame", layout=W.Layout(width="22rem"))
         self._play = W.Play(min=0, max=s.steps, interval=450, show_repeat=False)
@@ -584,7 +590,8 @@ class DenoisePlayer(Explorable):
 
     def rows(self, W: object) -> list:     # of the module ipywidgets
         """The play button goes first."""
-        return [*([self._play] if self._controls else []), *self._controls.values()]
+        frame, *others = self._controls.values() or [None]
+        return [[self._play, frame], others] if self._controls else []
 
     def tune(self) -> None:
         """The list of tokens depends on the denoiser, the slider's end on the steps."""
@@ -597,7 +604,7 @@ class DenoisePlayer(Explorable):
     def to_html(self) -> str:              # a player without a kernel
         """All frames of this walk; and of the same walk by the exact denoiser, where both are there."""
         if self.cohort is None: return twin(lambda _: self.figure(), {"": [self._state]}, ["nothing"], self.title, self.notes[0], theme=self.theme)
-        steps = min(self._state.steps, 6)
+        steps = min(self._state.steps, 5)
         who = ["learned", "exact"] if self.model is not None else ["exact"]
         states = {f"{name} denoiser": [self.settle(dataclasses.replace(self._state, denoiser=name, steps=steps, frame=i)) for i in range(steps + 1)] for name in who}
         labels = ["start", *(f"step {i}" for i in range(1, steps)), "end"]
@@ -722,13 +729,13 @@ class RaterExplorer(Explorable):
     ) -> dict[str, object]:
         """Case, order and threshold; a switch and a bias for each rater."""
         if self.cohort is None: return {}
-        s, wide, narrow = self._state, W.Layout(width="20rem"), W.Layout(width="15rem")
-        out = {"case": W.IntSlider(s.case, 0, len(self.cohort) - 1, description="case", layout=wide), "order": W.Dropdown(options=["as stored", "most disputed first", "least disputed first"], value=s.order, description="order", layout=narrow),
+        s, narrow, small = self._state, W.Layout(width="17rem"), {"description_width": "4.2rem"}
+        out = {"case": W.IntSlider(s.case, 0, len(self.cohort) - 1, description="case", layout=narrow), "order": W.Dropdown(options=["as stored", "most disputed first", "least disputed first"], value=s.order, description="order", layout=narrow),
                "threshold": W.FloatSlider(s.threshold, min=0.05, max=1.0, step=0.05, description="vote from", readout_format=".0%", layout=narrow)}
         if self.cohort.n_structures > 1: out["structure"] = W.Dropdown(options=[(n, i) for i, n in enumerate(self.cohort.structure_names)], value=s.structure, description="structure", layout=narrow)
         for r, name in enumerate(self.cohort.rater_names):
-            out[f"hidden:{r}"] = W.Checkbox(r not in s.hidden, description=name, indent=False, layout=W.Layout(width="9rem"))
-            out[f"bias:{r}"] = W.FloatSlider(0.0, min=-4.0, max=4.0, step=0.5, description="bias (px)", layout=narrow)
+            out[f"hidden:{r}"] = W.Checkbox(r not in s.hidden, description=name, tooltip=f"is {name} heard?", indent=False, layout=W.Layout(width="7.6rem"))
+            out[f"bias:{r}"] = W.FloatSlider(0.0, min=-4.0, max=4.0, step=0.5, description="bias (px)", style=small, layout=W.Layout(width="13rem"))
         return out
 
     def to_html(self) -> str:              # a player without a kernel
@@ -849,9 +856,9 @@ class ScheduleLab(Explorable):
     ) -> dict[str, object]:
         """The curve and its two bends; the moment; the case."""
         if self.cohort is None: return {}
-        s, wide, narrow = self._state, W.Layout(width="22rem"), W.Layout(width="15rem")
-        return {"t": W.IntSlider(s.t, 0, 999, description="t", layout=wide), "kind": W.Dropdown(options=["cosine", "linear", "sigmoid"], value=s.kind, description="curve", layout=narrow),
-                "steep": W.FloatSlider(s.steep, min=0.5, max=2.0, step=0.1, description="bend", layout=wide), "signal": W.FloatLogSlider(s.signal, base=2, min=-4, max=1, step=0.25, description="signal ×", layout=wide),
+        s, narrow = self._state, W.Layout(width="17rem")
+        return {"t": W.IntSlider(s.t, 0, 999, description="t", layout=narrow), "kind": W.Dropdown(options=["cosine", "linear", "sigmoid"], value=s.kind, description="curve", layout=narrow),
+                "steep": W.FloatSlider(s.steep, min=0.5, max=2.0, step=0.1, description="bend", layout=narrow), "signal": W.FloatLogSlider(s.signal, base=2, min=-4, max=1, step=0.25, description="signal ×", layout=narrow),
                 "case": W.IntSlider(s.case, 0, len(self.cohort) - 1, description="case", continuous_update=False, layout=narrow), "seed": W.IntSlider(s.seed, 0, 20, description="seed", continuous_update=False, layout=narrow)}
 
     def to_html(self) -> str:              # a player without a kernel
@@ -932,14 +939,14 @@ class CommitteeRoom(Explorable):
     ) -> dict[str, object]:
         """The case; a switch and a trust for each rater; a switch for each stage."""
         if self.bench is None: return {}
-        s, narrow = self._state, W.Layout(width="15rem")
-        switch = lambda label, on: W.Checkbox(on, description=label, indent=False, layout=W.Layout(width="8rem"))
-        out = {"case": W.IntSlider(s.case, 0, len(self.cohort) - 1, description="case", layout=W.Layout(width="20rem"))}
+        s, narrow = self._state, W.Layout(width="17rem")
+        switch = lambda label, on: W.Checkbox(on, description=label, tooltip=f"{label}: on or off", indent=False, layout=W.Layout(width="7.6rem"))
+        out = {"case": W.IntSlider(s.case, 0, len(self.cohort) - 1, description="case", layout=narrow)}
         out |= {name: switch(label, getattr(s, name)) for name, label in (("align", "alignment"), ("fusion", "attention"), ("consensus", "consensus"), ("adversary", "critic speaks"))}
         if self.cohort.n_structures > 1: out["structure"] = W.Dropdown(options=[(n, i) for i, n in enumerate(self.cohort.structure_names)], value=s.structure, description="structure", layout=narrow)
         for r, name in enumerate(self.cohort.rater_names):
             out[f"silenced:{r}"] = switch(name, r not in s.silenced)
-            out[f"trust:{r}"] = W.FloatLogSlider(1.0, base=2, min=-5, max=5, step=0.5, description="believed ×", readout_format=".2g", layout=narrow)
+            out[f"trust:{r}"] = W.FloatLogSlider(1.0, base=2, min=-5, max=5, step=0.5, description="believed ×", readout_format=".2g", style={"description_width": "4.8rem"}, layout=W.Layout(width="13.4rem"))
         return out
 
     def to_html(self) -> str:              # a player without a kernel
@@ -960,10 +967,10 @@ function render({model, el}) {
   const W = () => model.get('columns'), H = () => model.get('rows'), zoom = () => Math.max(2, Math.floor(400 / Math.max(W(), H())));
   const box = document.createElement('div'), bar = document.createElement('div'), canvas = document.createElement('canvas'), says = document.createElement('output'), back = new Image();
   box.setAttribute('data-lm-suppress-shortcuts', 'true'); box.className = 'calidiff-sketch'; bar.setAttribute('role', 'toolbar'); bar.setAttribute('aria-label', 'Drawing tools');
-  bar.style.cssText = 'display:flex;flex-wrap:wrap;gap:6px;margin-bottom:6px;align-items:center'; says.setAttribute('aria-live', 'polite');
-  says.style.cssText = 'display:block;min-height:1.4em;font:13px system-ui,sans-serif'; canvas.tabIndex = 0; canvas.setAttribute('role', 'application');
+  bar.style.cssText = 'display:flex;flex-wrap:wrap;gap:6px;margin:4px;align-items:center'; says.setAttribute('aria-live', 'polite');
+  says.style.cssText = 'display:block;min-height:1.4em;margin:2px 4px 4px;font:13px system-ui,sans-serif'; canvas.tabIndex = 0; canvas.setAttribute('role', 'application');
   canvas.setAttribute('aria-label', 'Canvas. Arrow keys move, Space marks, Enter puts the pen down or lifts it, O outline, B brush, E eraser, plus and minus size, Z undo, C clear');
-  canvas.style.cssText = 'display:block;touch-action:none;cursor:crosshair;max-width:100%;outline-offset:2px;border-radius:6px';
+  canvas.style.cssText = 'display:block;touch-action:none;cursor:crosshair;max-width:calc(100% - 8px);margin:4px;border-radius:6px';
   let mask = new Uint8Array(W() * H()), past = [], tool = 'outline', size = 2, path = [], cursor = [H() / 2 | 0, W() / 2 | 0], down = false, keyed = false;
   const buttons = {};
   function button(label, key, act, toggles) {
@@ -1135,16 +1142,17 @@ class DrawAsRater(Explorable):
         """The case; the tools are on the canvas."""
         if self.cohort is None: return {}
         out = {"case": W.IntSlider(self._state.case, 0, len(self.cohort) - 1, description="case", continuous_update=False, layout=W.Layout(width="20rem"))}
-        if self.cohort.n_structures > 1: out["structure"] = W.Dropdown(options=[(n, i) for i, n in enumerate(self.cohort.structure_names)], value=self._state.structure, description="structure", layout=W.Layout(width="15rem"))
+        if self.cohort.n_structures > 1: out["structure"] = W.Dropdown(options=[(n, i) for i, n in enumerate(self.cohort.structure_names)], value=self._state.structure, description="structure", layout=W.Layout(width="17rem"))
         return out
 
     def surfaces(self, W: object) -> list:     # of the module ipywidgets
-        """The canvas, and the picture below it."""
+        """The canvas with the words beside it, and the picture below."""
         if self.cohort is None: return [self._screen]
         h, w = self.cohort.size
         self._canvas = _sketch_kind()(rows=h, columns=w)
         self._canvas.observe(lambda change: None if self._busy else self.sketch(change["new"]), "mask")
-        return [self._canvas, self._screen]
+        self._words.layout = W.Layout(width="26rem", margin="0.4rem 0.6rem", align_self="flex-start")
+        return [self._grid(W, [self._canvas, self._words]), self._screen]
 
     def tune(self) -> None:
         """Bring scan and mask of the case to the canvas."""
@@ -1153,14 +1161,15 @@ class DrawAsRater(Explorable):
         with self._canvas.hold_sync(): self._canvas.scan, self._canvas.mask = scan_png(picture), self._state.mask
 
     def to_html(self) -> str:              # a player without a kernel
-        """As if you drew like the first rater who is there, or like the last, up to three pixels smaller or larger."""
+        """As if you drew like one of the raters who are there, up to three pixels smaller or larger."""
         if self.cohort is None: return twin(lambda _: self.figure(), {"": [self._state]}, ["nothing"], self.title, self.notes[0], theme=self.theme)
         other, px, k = DrawAsRater(self.cohort, None, self._state, self.theme), [-3.0, -1.0, 0.0, 1.0, 3.0], self._state.structure
         other.bench, other.model = self.bench, self.model
         here = self.cohort.present[self._state.case].nonzero().flatten().tolist() or [0]
         like = lambda r, v: dataclasses.replace(self._state, drawings=tuple((i, (signed_distance(self.cohort.masks[i, r, k], 12.0) < v).to(torch.uint8).numpy().tobytes()) for i in range(len(self.cohort))))
-        states = {f"you draw like {self.cohort.rater_names[r]}": [like(r, v) for v in px] for r in sorted({here[-1], here[max(len(here) - 2, 0)]})}
-        return twin(lambda state: other.set(case=state.case, drawings=state.drawings).figure(), states, [f"{v:+g} px" for v in px], self.title, "As if you drew like somebody, smaller or larger, in every case.", 2, self.theme)
+        r = here[max(len(here) - 2, 0)]
+        states = {f"you draw like {self.cohort.rater_names[r]}": [like(r, v) for v in px]}
+        return twin(lambda state: other.set(case=state.case, drawings=state.drawings).figure(), states, [f"{v:+g} px" for v in px], self.title, f"As if you drew like {self.cohort.rater_names[r]}, smaller or larger, in every case.", 2, self.theme)
 
 # %% ../../nbs/explore/41_widgets.ipynb #export-scan-png
 def scan_png(

@@ -214,6 +214,14 @@ class Cohort:
         kept = _keep_raters(self, [i for i, s in enumerate(seen) if s])
         return replace(kept, notes=self.notes + (f"Dropped raters who saw no case: {gone}.",))
 
+    def absent_as_empty(self) -> "Cohort":  # everybody present everywhere
+        """Count whoever is absent as having seen the case and marked nothing.
+
+        That is true of LIDC, where four radiologists read every scan. Source: the convention of Kohl et al. 2018.
+        """
+        note = "Absent raters count as having marked nothing."
+        return self if self.present.all() else replace(self, present=torch.ones_like(self.present), notes=self.notes + (note,))
+
     def shuffle_slots(
         self,
         generator: torch.Generator | None = None,  # source of the permutations
