@@ -309,3 +309,20 @@ def test_calibrate_writes_arrays_masks_and_page(tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["index.html", "masks", "parts", "verdict.safetensors"]
     assert "5 cases done." in capsys.readouterr().out
     assert main(job) == 0 and "5 had been done before" in capsys.readouterr().out
+
+
+def test_a_class_from_the_shell(tmp_path, capsys):
+    roster = tmp_path / "roster.csv"
+    roster.write_text("id,name\na1,Ada\nb2,Bo\n")
+    assert main(["release", "--class", "2027", "--roster", str(roster), "--out", str(tmp_path / "C"), "--exercises", "E3", "--no-answers"]) == 0
+    assert {p.name for p in (tmp_path / "C" / "students").iterdir()} == {"a1", "b2"} and "2 students, 1 exercises: E3_agreement" in capsys.readouterr().out
+    assert main(["grade", str(tmp_path / "C")]) == 2 and "nothing was handed in" in capsys.readouterr().err
+    assert main(["release", "--roster", str(tmp_path / "none.csv")]) == 2 and "none.csv" in capsys.readouterr().err
+
+
+def test_the_app_refuses_a_place_that_is_not_there(tmp_path, capsys):
+    assert main(["app", str(tmp_path / "nowhere"), "--no-browser"]) == 2 and "nowhere" in capsys.readouterr().err
+
+
+def test_real_ct_must_be_brought_along(tmp_path, capsys):
+    assert main(["train", "--preset", "lidc", "--out", str(tmp_path / "m.safetensors")]) == 2 and "--data must name" in capsys.readouterr().err

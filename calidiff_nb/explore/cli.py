@@ -437,8 +437,8 @@ def app(
 @dataclass(frozen=True)
 class ReleaseJob:
     """Write everything a class needs: exercises for each student, answer key, slides, syllabus, data and weights."""
-    roster: Path                          # CSV file with the columns id and name
-    name: Annotated[str, tyro.conf.arg(name="class")] = "calidiff"   # of the class, such as 2027
+    roster: Path = Path("roster.csv")    # CSV file with the columns id and name
+    name: Annotated[str, tyro.conf.arg(name="class")] = "class"   # of the class, such as 2027
     out: Path = Path("class")             # folder for the class
     exercises: tuple[str, ...] = ()       # such as E3; without it all
     answers: bool = True                  # also an answer key, run for this class (takes minutes)
