@@ -133,7 +133,7 @@ def follow(
     return dataclasses.replace(seen, what=what, done=done, of=of, before=before, losses=losses)
 
 # %% ../../nbs/explore/43_app.ipynb #export-job
-_RUN = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from calidiff_nb.explore.cli import main; sys.exit(main())"
+_RUN = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); print(file=sys.stderr, flush=True); from calidiff_nb.explore.cli import main; sys.exit(main())"
 
 class Job:
     """One `calidiff` command: how far it is, how long it will take, a way to stop it, and words at the end."""
@@ -147,7 +147,7 @@ class Job:
         place: Path | None = None,                     # folder that it writes into; two jobs never do so at once
     ):
         self.words, self.total, self.text, self.code = tuple(words), total, "", None
-        self._watch, self._log, self._told, self._stopped = watch, log, 0.0, False
+        self._watch, self._log, self._told, self._stopped, self._listens = watch, log, 0.0, False, False
         self._mark = None if place is None else place / "at-work.pid"
         self._ended, self._began = threading.Event(), (time.monotonic(), "", 0)
         self.seen = functools.reduce(follow, log.read_text(encoding="utf-8").splitlines(), Seen()) if log is not None and log.is_file() else Seen()
@@ -168,7 +168,7 @@ class Job:
     def stop(self) -> None:
         """Ask it to stop as Ctrl-C does; whoever asks twice is obeyed at once."""
         if self.code is not None or self._process.poll() is not None: return
-        if self._stopped or os.name == "nt": self._process.kill()
+        if self._stopped or not self._listens or os.name == "nt": self._process.kill()   # before it listens nothing has begun
         else: self._process.send_signal(signal.SIGINT)
         self._stopped = True
 
@@ -233,6 +233,7 @@ class Job:
     def _read(self) -> None:
         decode, rest = codecs.getincrementaldecoder("utf-8")("replace").decode, ""
         while chunk := os.read(self._process.stderr.fileno(), 65536):
+            self._listens = True   # its first line is empty, and says that it hears Ctrl-C, whatever it has inherited
             *whole, rest = re.split(r"[\r\n]", rest + decode(chunk))
             for line in (*whole, *([rest] if _BAR.match(rest) else [])): self._hear(line)
             self._tell(False)
