@@ -187,6 +187,19 @@ def test_two_pages_never_write_to_one_place(own, tmp_path):
     assert second.wait(120) and second.stopped
 
 
+def test_a_model_that_was_trained_stays_chosen(tmp_path):
+    app = App(tmp_path, tmp_path)
+    assert app.view is not None and len(app._models) == 2
+    trained = tmp_path / "own-calidiff" / "zz.safetensors"
+    trained.parent.mkdir()
+    trained.touch()   # it is only offered here, not read
+    app.set(model=str(trained))
+    app._offer_models()
+    assert app.state.model == str(trained) and [menu.value for menu in app._models] == [str(trained)] * 2
+    app._models[0].value = "simulated-64"
+    assert app.state.model == "simulated-64" and app._models[1].value == "simulated-64"
+
+
 def test_a_job_can_be_stopped_at_once(own, tmp_path):
     job = Job(["calibrate", str(own), "--out", str(tmp_path / "out")]).start()
     job.stop()

@@ -238,7 +238,7 @@ def test_what_checks_rely_on_is_put_back():
 @unix
 def test_who_breaks_the_conversation_ends_only_his_own():
     with Session(Limits(cell_seconds=2)) as s:
-        s.run("import os\nfor fd in range(3, 30):\n    try: os.write(fd, b'\\x00\\x00\\x00\\x05hello')\n    except OSError: pass")
+        s.run("import os\nfor fd in range(3, 1024):\n    try: os.write(fd, b'\\x00\\x00\\x00\\x05hello')\n    except OSError: pass")
         assert s.run("1").kind == "Ended" and s.run("1").kind == "Ended"
 
 

@@ -181,9 +181,9 @@ def image_step(
         images, masks, present, _, _ = draw_batch(data, (), config.batch, generator, model.device)
         null, agreed = model.net.tokens.null, model.net.tokens.consensus if config.consensus else model.net.tokens.null
         asked = torch.multinomial(present.float().cpu(), 1, generator=generator)[:, 0].to(present.device)  # somebody who is present
-        dice = torch.rand(len(images), generator=generator).to(present.device)
-        unnamed = torch.where(dice < (config.blind if model.identified else 0.5), null, agreed)
-        tokens = torch.where(dice < 2 * config.blind, unnamed, asked) if model.identified else unnamed
+        drawn = torch.rand(len(images), generator=generator).to(present.device)
+        unnamed = torch.where(drawn < (config.blind if model.identified else 0.5), null, agreed)
+        tokens = torch.where(drawn < 2 * config.blind, unnamed, asked) if model.identified else unnamed
         return image_loss(model.net, images, masks, present, tokens, model.schedule, config.reach, config.seed)
 
     return step

@@ -782,7 +782,7 @@ class App:
 
     def _build(self, W):
         pages: dict[str, object] = {}
-        self._models, self._said = [], {}
+        self._models, self._said, self._offering = [], {}, False
         for name in STEPS: pages[name] = W.VBox(getattr(self, f"_page_{name.lower()}")(W))
         self._pages, self._steps = pages, {name: _page_button(W, f"{i} {name}") for i, name in enumerate(STEPS, start=1)}
         for name, button in self._steps.items(): button.on_click(functools.partial(lambda _, name: self.set(step=name), name=name))
@@ -802,14 +802,15 @@ class App:
             self._steps[name].tooltip = f"{name} (shown now)" if here else name
 
     def _offer_models(self):
-        options = known_models(self._state)
+        options, self._offering = known_models(self._state), True   # a menu with new entries first falls back to its first one: that is nobody's choice
         for menu in self._models:
             if menu.options != tuple(options): menu.options = options
             menu.value = self._state.model
+        self._offering = False
 
     def _model_menu(self, W):
         menu = W.Dropdown(options=known_models(self._state), value=self._state.model, description="model", style={"description_width": "8rem"}, layout=W.Layout(width="36rem", max_width="100%"))
-        menu.observe(lambda change: change["new"] and change["new"] != self._state.model and (self.set(model=change["new"]), self._offer_models()), "value")
+        menu.observe(lambda change: not self._offering and change["new"] and change["new"] != self._state.model and (self.set(model=change["new"]), self._offer_models()), "value")
         self._models.append(menu)
         return menu
 
