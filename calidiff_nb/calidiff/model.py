@@ -45,8 +45,8 @@ class CaliDiffConfig:
     signal: float = 0.2  # factor on distances before they are noised: they are smooth, so noise averages out
     cross_rater: bool = True  # raters look at each other while they are denoised (joint model); False: each alone
     blind: float = 0.25  # share of training slots that are not told who is speaking
-    image_steps: int = 0  # before stage 1: what the image alone says, in cheap steps of one call an image
-    joint_steps: int = 600  # stage 1: shared-parameter inverse diffusion
+    image_steps: int | None = None  # before stage 1: what the image alone says, in cheap steps of one call an image; None: as many as joint_steps
+    joint_steps: int = 400  # stage 1: shared-parameter inverse diffusion
     committee_steps: int = 200  # stages 2 and 3: alignment, fusion, consensus, adversary
     batch: int = 12  # images a step
     lr: float = 2e-3  # peak learning rate of stage 1; the committee learns at a quarter of it
@@ -62,6 +62,7 @@ class CaliDiffConfig:
     momentum: float = 0.5  # share of the old conclusion in the new one (exponential moving average of the pseudo-truth), [0, 1)
     steps: int = 5  # DDIM steps of normalisation and sampling
     draws: int = 2  # noise draws averaged by normalisation
+    monitor: bool = True  # measure the monitors after every stage; they change nothing, and cost seconds
     seed: int = 0  # of weights and training
 
     def __post_init__(self) -> None:
@@ -70,6 +71,13 @@ class CaliDiffConfig:
             raise ValueError(f'edge must be "off", "tie" or "absolute"; got {self.edge!r}.')
         if self.rounds < 1 or not 0 <= self.momentum < 1:
             raise ValueError(f"rounds must be at least 1 and momentum in [0, 1); got {self.rounds} and {self.momentum}.")
+
+    @property
+    def stages(self) -> dict[str, int]:  # name -> steps, in the order of training; none that has no steps
+        """What `fit` will go through."""
+        image = self.joint_steps if self.image_steps is None else self.image_steps
+        committee = {f"committee {n + 1}": self.committee_steps // self.rounds for n in range(self.rounds)}
+        return {name: steps for name, steps in ({"image": image, "joint": self.joint_steps} | committee).items() if steps}
 
 # %% ../../nbs/calidiff/26_model.ipynb #export-results
 @dataclass(frozen=True, eq=False)
@@ -392,14 +400,14 @@ class CaliDiff(nn.Module):
         c, where = self.config, None if checkpoint is None else Path(checkpoint)
         shared = (self.net.encoder, self.net)  # what several processes share out
         out = {"monitors": History()}
-        for name, step, steps in (("image", image_step(train, c), c.image_steps), ("joint", joint_step(train, c), c.joint_steps)):
-            if steps:
-                out[name] = fit(self, step, TrainConfig(steps=steps, lr=c.lr, seed=c.seed), where and where / f"{name}.pt", progress=progress, shared=shared)
+        for name, step in (("image", image_step(train, c)), ("joint", joint_step(train, c))):
+            if name in c.stages:
+                out[name] = fit(self, step, TrainConfig(steps=c.stages[name], lr=c.lr, seed=c.seed), where and where / f"{name}.pt", progress=progress, shared=shared)
         self.watch(valid, out, on_stage)
-        memory, steps = None, c.committee_steps // c.rounds
-        for n in range(c.rounds if steps else 0):
+        memory = None
+        for n, name in enumerate(s for s in c.stages if s.startswith("committee")):
             memory = remember(memory, conclude(self, train), c.momentum)
-            name, plan = f"committee {n + 1}", TrainConfig(steps=steps, lr=c.lr / 4, seed=c.seed + 1 + n)
+            plan = TrainConfig(steps=c.stages[name], lr=c.lr / 4, seed=c.seed + 1 + n)
             out[name] = fit(self, committee_step(train, memory, c), plan, where and where / f"committee-{n + 1}.pt", progress=progress, shared=shared)
             self.watch(valid, out, on_stage)
         return out
@@ -414,7 +422,8 @@ class CaliDiff(nn.Module):
         before = self.expertness
         self.measure(valid)
         seen = histories["monitors"]
-        seen.record(len(next(iter(seen.values.values()), [])), monitors(self, valid, before))
+        if self.config.monitor:
+            seen.record(len(next(iter(seen.values.values()), [])), monitors(self, valid, before))
         if on_stage is not None:
             on_stage(histories)
 

@@ -8,12 +8,12 @@ __all__ = ['EXPERIMENTS', 'ABLATIONS', 'PACKAGE', 'MEASURES', 'MERGES', 'EDGES',
            'ON_READERS', 'COLUMNS', 'PRESETS', 'Experiment', 'Scale', 'Cell', 'keys_of', 'code_hash', 'code_of',
            'drawer', 'cases_of', 'thin', 'Measure', 'against_truth', 'against_raters', 'against_hidden',
            'mean_distance', 'other_reader', 'merge', 'Answers', 'switched', 'panel_average', 'Question', 'Outcome',
-           'read_outcome', 'run_job', 'Unwatched', 'trained', 'Failure', 'jobs_of', 'work_of', 'attempt', 'at_home',
-           'on_ray', 'silent', 'run_cells', 'Resampler', 'resampler', 'statistic', 'paired', 'ratio', 'Estimate',
-           'estimate', 'with_picked', 'with_edge', 'Bar', 'Verdict', 'judge_bar', 'of_row', 'Row', 'block_of',
-           'kind_of', 'rows_of', 'BenchmarkReport', 'headline', 'number_text', 'table_of', 'tally', 'bars_text',
-           'closing_note', 'trust_text', 'cost_text', 'failures_text', 'table_csv', 'cases_csv', 'report_json',
-           'Preset', 'cells_of', 'benchmark', 'preset_of', 'kept_report']
+           'read_outcome', 'run_job', 'trained', 'Failure', 'jobs_of', 'work_of', 'attempt', 'at_home', 'on_ray',
+           'silent', 'run_cells', 'Resampler', 'resampler', 'statistic', 'paired', 'ratio', 'Estimate', 'estimate',
+           'with_picked', 'with_edge', 'Bar', 'Verdict', 'judge_bar', 'of_row', 'Row', 'block_of', 'kind_of', 'rows_of',
+           'BenchmarkReport', 'headline', 'number_text', 'table_of', 'tally', 'bars_text', 'closing_note', 'trust_text',
+           'cost_text', 'failures_text', 'table_csv', 'cases_csv', 'report_json', 'Preset', 'cells_of', 'benchmark',
+           'preset_of', 'kept_report']
 
 # %% ../../nbs/compare/31_benchmark.ipynb #parents
 import ast
@@ -49,7 +49,7 @@ from torch import Tensor
 from .. import __version__
 from ..calidiff.model import Calibration, CaliDiff, CaliDiffConfig, Segmentation, expected, flat
 from .baselines import SEGMENTERS, VOTES, Budget
-from ..diffusion.training import History, load_weights, save_weights, write_whole
+from ..diffusion.training import load_weights, save_weights, write_whole
 from ..raters.agreement import bootstrap_weights, pairwise_dice, soft_vote
 from ..raters.cases import Cohort, pick_device
 from ..raters.distance import signed_distance
@@ -97,7 +97,7 @@ class Scale:
     ) -> CaliDiffConfig:
         """The configuration of one training. Raises: ValueError if the variant is unknown."""
         if variant and variant not in ABLATIONS: raise ValueError(f"variant must be one of {', '.join(ABLATIONS)}; got {variant!r}")
-        return dataclasses.replace(CaliDiffConfig(), **dict(self.config), **ABLATIONS.get(variant, {}), seed=seed)
+        return dataclasses.replace(CaliDiffConfig(monitor=False), **dict(self.config), **ABLATIONS.get(variant, {}), seed=seed)
 
     def budget(
         self,
@@ -105,7 +105,7 @@ class Scale:
     ) -> Budget:                           # of a rival: as many steps as all stages of the method together
         """What the rivals get: the same steps, images a step, learning rate and width."""
         c = self.settings(seed)
-        return Budget(c.image_steps + c.joint_steps + c.committee_steps, c.batch, c.lr, seed, c.widths)
+        return Budget(sum(c.stages.values()), c.batch, c.lr, seed, c.widths)
 
 # part -> what switching it off (or otherwise) changes in CaliDiffConfig
 ABLATIONS: dict[str, dict[str, Any]] = {f"without {part}": {part: False} for part in ("cross_rater", "normalise", "align", "fusion", "consensus", "adversary")}
@@ -566,18 +566,6 @@ def _outcome(test: Cohort, values: dict[str, Tensor], training: float, answering
     origin = {"version": __version__, "torch": torch.__version__, "device": str(pick_device()), "machine": platform.machine()}
     return Outcome({n: x.detach().cpu().float().contiguous() for n, x in values.items()}, test.patient_ids, training, answering, {**facts, **origin})
 
-class Unwatched(CaliDiff):
-    """The same training without its dashboard, whose monitors cost time and change nothing."""
-
-    def watch(
-        self,
-        valid: Cohort,                     # cases to judge raters on
-        histories: dict[str, History],     # of the stages so far; left as they are
-        on_stage: Callable[[dict[str, History]], None] | None = None,   # not told
-    ) -> None:
-        """Measure expertness, and nothing else."""
-        self.measure(valid)
-
 def trained(
     cell: Cell,                            # which training
     train: Cohort,                         # cases to learn from
@@ -586,7 +574,7 @@ def trained(
     part: str = "all",                     # several trainings of one cell need several names
 ) -> tuple[CaliDiff, float]:               # the model, and how long it took, s
     """Train the method for a cell; an interrupted training goes on where it stopped."""
-    model = Unwatched.for_cohort(train, cell.scale.settings(cell.seed, cell.variant)).to(pick_device())
+    model = CaliDiff.for_cohort(train, cell.scale.settings(cell.seed, cell.variant)).to(pick_device())
     place = folder and folder / "unfinished" / f"{cell.training_key()}-{part}"
     start = time.perf_counter()
     model.fit(train, valid, checkpoint=place, progress=False)
@@ -675,7 +663,7 @@ def work_of(
     _, maker, variant, seed, scale = job[0].job
     if maker == "": return 1
     c = scale.settings(seed, variant)
-    steps, masks = (c.image_steps / 4 + c.joint_steps + 2 * c.committee_steps, 5) if maker == "calidiff" else (c.image_steps + c.joint_steps + c.committee_steps, 4 if "diffusion" in maker or "heads" in maker else 1)
+    steps, masks = (c.stages.get("image", 0) / 2 + c.joint_steps + 2 * c.committee_steps, 5) if maker == "calidiff" else (sum(c.stages.values()), 4 if "diffusion" in maker or "heads" in maker else 1)
     return 1 + round(steps * c.batch * (1 + masks) * (scale.size / 64) ** 2 * sum(c.widths) / 192 / 1000)
 
 def attempt(
@@ -1266,7 +1254,7 @@ class Preset:
     ablations: dict[str, tuple[str, ...]] = field(default_factory=dict)   # name in ABLATIONS -> where; (): everywhere
     bars: tuple[Bar, ...] = BARS           # what must be reached
 
-_SMALL = Scale(400, 100, 60, 48, 16, (("widths", (16, 32, 48)), ("joint_steps", 120), ("committee_steps", 24), ("batch", 8), ("lr", 4e-3)))
+_SMALL = Scale(400, 100, 60, 48, 16, (("widths", (16, 32, 48)), ("joint_steps", 80), ("committee_steps", 24), ("batch", 8), ("lr", 4e-3)))
 _WHOLE = {name: () if name in ("truth U-Net", "U-Net on majority", "U-Net on soft labels") else (*ACCEPTED, "ambiguous") for name in SEGMENTERS}
 _CI_BARS = (                               # margins far from what was seen, so that only a defect fails
     Bar("clearly over STAPLE", ("together",), "pseudo-truth", "dice", 0.03, "STAPLE per image", "difference", source="ordering"),
@@ -1280,10 +1268,10 @@ PRESETS: dict[str, Preset] = {p.name: p for p in (  # name -> how much is compar
            bars=tuple(b for b in BARS if b.method.startswith("pseudo-truth") and b.measure in ("dice", "brier"))),
     Preset("parts", "an hour on two cores: what each part is worth, switched off in turn", ACCEPTED, 3, _SMALL, ablations={name: () for name in ABLATIONS}, bars=()),
     Preset("known-truth", "every regime, every rival, each part switched off in turn", tuple(REGIMES), 5, 
-           Scale(1200, 200, 100, 64, 16, (("joint_steps", 400), ("committee_steps", 100))), _WHOLE, {name: (*ACCEPTED, "ambiguous") for name in ABLATIONS}),
-    Preset("real", "radiologists: a hidden reader, and samples against all of them", ("lidc",), 3, Scale(0, 0, 0, 64, 16, (("joint_steps", 400), ("committee_steps", 100))), {n: () for n in SEGMENTERS if n != "truth U-Net"}),
+           Scale(1200, 200, 100, 64, 16, (("joint_steps", 270), ("committee_steps", 100))), _WHOLE, {name: (*ACCEPTED, "ambiguous") for name in ABLATIONS}),
+    Preset("real", "radiologists: a hidden reader, and samples against all of them", ("lidc",), 3, Scale(0, 0, 0, 64, 16, (("joint_steps", 270), ("committee_steps", 100))), {n: () for n in SEGMENTERS if n != "truth U-Net"}),
     Preset("ci", "a small alarm: the ordering, with margins", ("together",), 1,
-           Scale(160, 60, 40, 48, 8, (("widths", (16, 32, 48)), ("joint_steps", 80), ("committee_steps", 20), ("batch", 6), ("lr", 4e-3))), bars=_CI_BARS),
+           Scale(160, 60, 40, 48, 8, (("widths", (16, 32, 48)), ("joint_steps", 55), ("committee_steps", 20), ("batch", 6), ("lr", 4e-3))), bars=_CI_BARS),
 )}
 
 def cells_of(

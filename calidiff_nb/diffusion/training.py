@@ -183,7 +183,7 @@ class History:
         parts: dict[str, float],   # this step's numbers
     ) -> None:
         """Note one step; a part that appears late or is left out is nan where it is missing."""
-        for name in parts.keys() | self.values.keys():
+        for name in {**self.values, **parts}:     # in one order, whatever the strings hash to
             column = self.values.setdefault(name, [math.nan] * step)
             column.append(parts.get(name, math.nan))
 

@@ -152,7 +152,7 @@ def patient_key(
 REGIME = "together"   # of the simulated demo: two of four raters draw too large, and do it together
 
 # preset -> name of its weights, changes to CaliDiffConfig
-PRESETS = {"demo": ("lidc-rendered-64", {"joint_steps": 800, "committee_steps": 200}), "simulated": ("simulated-64", {"joint_steps": 800, "committee_steps": 200}), "quick": ("lidc-quick", {"joint_steps": 60, "committee_steps": 30}),
+PRESETS = {"demo": ("lidc-rendered-64", {"joint_steps": 520, "committee_steps": 200}), "simulated": ("simulated-64", {"joint_steps": 520, "committee_steps": 200}), "quick": ("lidc-quick", {"joint_steps": 40, "committee_steps": 30}),
            "lidc": ("lidc-64", {"image_steps": 2500, "joint_steps": 250, "committee_steps": 80, "batch": 16})}
 
 def training_cohort(
