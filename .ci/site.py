@@ -5,7 +5,9 @@ import re
 import shutil
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
+from urllib.parse import unquote
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "build" / "site"
@@ -69,6 +71,42 @@ def lenient(module: str, troubles: list[str]):
     return Filter()
 
 
+def outside_brackets(text: str, mark: str) -> int:
+    """Where a mark stands outside brackets and quotes; -1: nowhere."""
+    depth, quote = 0, ""
+    for i, c in enumerate(text):
+        if quote or c in "'\"":
+            quote = c if not quote else "" if c == quote else quote
+        elif c == mark and depth == 0:
+            return i
+        else:
+            depth += (c in "([{") - (c in ")]}")
+    return -1
+
+
+def as_table(markdown: str) -> str:
+    """The reference of a function, as nbdev writes it, with its parameters in a table."""
+    block = re.search(r"```python\n(?:@\w+\n)*(?:def|class) (\w+)\(\n(.*?)\n\)(?:->(.*?))?:?(?: # (.*?))?\n```", markdown, re.S)
+    if not block:
+        return markdown
+    plain = lambda t: "`" + re.sub(r"\b(jaxtyping|torch\._C|collections\.abc|typing|pathlib)\.", "", t.strip()).replace("`", "").replace(" | ", " or ").replace("|", "∣") + "`" if t.strip() else ""
+    words = lambda t: re.sub(r"(?<!\\)\|", "∣", t.strip())
+    rows, given = [], []
+    for line in block[2].split("\n"):
+        code, _, said = line.strip().partition(" # ")
+        code = code.rstrip().removesuffix(",")
+        at = outside_brackets(code, "=")
+        left, default = (code, "") if at < 0 else (code[:at], code[at + 1:])
+        name, _, kind = left.partition(":")
+        rows.append(f"| `{name.strip()}` | {plain(kind)} | {plain(default)} | {words(said)} |")
+        given.append(name.strip() + (f"={default.strip()}" if default else ""))
+    if block[3] and block[3].strip() not in ("None", ""):
+        rows.append(f"| *returns* | {plain(block[3])} | | {words(block[4] or '')} |")
+    table = "\n".join(["| parameter | type | default | what it is |", "|---|---|---|---|", *rows])
+    rest = markdown[block.end():].strip()
+    return markdown[: block.start()] + f"```python\n{block[1]}({', '.join(given)})\n```\n\n{rest}\n\n{table}\n"
+
+
 def processed(source: Path, target: Path) -> list[str]:
     """One library notebook with the reference of each exported name beside it; what could not be described."""
     from execnb.nbio import read_nb, write_nb
@@ -80,10 +118,22 @@ def processed(source: Path, target: Path) -> list[str]:
     for cell in nb.cells:
         if cell.cell_type == "raw":  # pages keep the names of their notebooks
             cell.source = re.sub(r"^output-file: .*\n", "", cell.source, flags=re.M)
+        for output in cell.get("outputs", []) if "show_doc(" in cell.source else ():
+            told = output.get("data", {}).get("text/markdown")
+            if told:
+                output["data"]["text/markdown"] = as_table("".join(told)).splitlines(keepends=True)
     nb["metadata"].pop("widgets", None)  # preprocessing adds an empty one
     target.parent.mkdir(parents=True, exist_ok=True)
     write_nb(nb, target)
     return [f"{source.relative_to(ROOT)}: {t}" for t in troubles]
+
+
+def without_answers() -> None:
+    """The exercises as a student gets them: whoever reads the site shall not stumble over the solutions."""
+    from calidiff_nb.explore.course import notebook_text, read_notebook, student_version
+
+    for path in (SITE / "tutorials" / "exercises").glob("*.ipynb"):
+        path.write_text(notebook_text(student_version(read_notebook(path), "ada")), encoding="utf-8")
 
 
 def front_page(path: Path) -> None:
@@ -109,11 +159,32 @@ def gather() -> list[str]:
             shutil.copy(p, SITE / p.relative_to(ROOT))
     if (ROOT / "tutorials").is_dir():
         shutil.copytree(ROOT / "tutorials", SITE / "tutorials", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "_*"))
-    for name in ("CITATION.cff", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"):
+        without_answers()
+    for name in ("CITATION.cff", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "styles.css"):
         shutil.copy(ROOT / name, SITE / name)
     (SITE / "_quarto.yml").write_text((ROOT / "_quarto.yml").read_text().replace("nbs/index.ipynb", "index.ipynb"))
     front_page(SITE / "nbs" / "index.ipynb")
     return troubles
+
+
+def broken_links(folder: Path) -> list[str]:
+    """Links, pictures and scripts of rendered pages that lead to no file or to no heading of this site."""
+    pages = {p.resolve(): p.read_text(encoding="utf-8") for p in sorted(folder.rglob("*.html"))}
+    anchors = {p: set(re.findall(r"""\b(?:id|name)=["']([^"']+)["']""", text)) for p, text in pages.items()}
+    broken = []
+    for page, text in pages.items():
+        text = re.sub(r"<(script|style)\b[^>]*>.*?</\1>|srcdoc=\"[^\"]*\"", "", text, flags=re.S)
+        for link in sorted(set(re.findall(r"""<(?:a|img|link|script|source)\b[^>]*?\b(?:href|src)=["']([^"']*)["']""", text))):
+            if re.match(r"[a-z][a-z0-9+.-]*:|//", link, re.I):
+                continue
+            place, _, anchor = unquote(unescape(link)).partition("#")
+            target = (page.parent / place.partition("?")[0]).resolve() if place else page
+            target = target / "index.html" if target.is_dir() else target
+            if not target.exists():
+                broken.append(f"{page.relative_to(folder.resolve())}: {link} leads nowhere")
+            elif anchor and target in anchors and anchor not in anchors[target] | {"top"}:
+                broken.append(f"{page.relative_to(folder.resolve())}: {link} has no such heading")
+    return broken
 
 
 def docs() -> int:
@@ -126,8 +197,11 @@ def docs() -> int:
     pages = sorted((SITE / "_docs").rglob("*.html"))
     for trouble in troubles:
         print(f"note: {trouble}")
+    broken = broken_links(SITE / "_docs")
+    for link in broken:
+        print(f"broken link: {link}")
     print(f"{len(pages)} pages; start at {(SITE / '_docs' / 'index.html').relative_to(ROOT)}")
-    return code or int(not pages)
+    return code or int(not pages or bool(broken))
 
 
 if __name__ == "__main__":

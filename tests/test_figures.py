@@ -10,6 +10,7 @@ import torch
 from matplotlib.colors import to_hex, to_rgb
 from PIL import Image
 
+from calidiff_nb.diffusion.training import History
 from calidiff_nb.explore import figures as F
 
 SIZE = 32
@@ -74,7 +75,7 @@ def other_pictures(theme: str = "light") -> list[F.Picture]:
             F.show_step(walk[0], walk[1], torch.rand(1, SIZE, SIZE, generator=g), walk[1], "t = 3", theme=theme),
             F.show_effective_raters(t, {"x": torch.linspace(4, 1, n)}, 4, theme=theme),
             F.show_retention(torch.tensor([0.2, 0.8]), {"one call": torch.tensor([0.3, 0.9])}, 2.0, theme=theme),
-            F.show_expertness(w, w - 0.1, w + 0.1, torch.eye(3), theme=theme),
+            F.show_expertness(w, w - 0.1, w + 0.1, torch.eye(3), theme=theme), F.show_monitors(histories(), theme=theme),
             F.show_reliability(x, x**1.2, torch.full((1, 10), 50.0), x**1.2 - 0.05, x**1.2 + 0.05, theme=theme),
             F.show_benchmark(["a", "b", "c"], w, w - 0.05, w + 0.05, "b", w - 0.3, w - 0.35, w - 0.25, theme=theme),
             F.show_learning(torch.arange(50), {"loss": torch.exp(-torch.arange(50) / 9)}, {"Dice": torch.linspace(0, 1, 50)}, theme=theme),
@@ -478,3 +479,73 @@ def test_house_colours_survive_in_stored_pictures():
     stored = np.asarray(Image.open(io.BytesIO(F.show_raters(**{k: v for k, v in case(r=4).items()})._repr_png_())).convert("RGB")).reshape(-1, 3)
     for r in range(4):
         assert (stored == [round(255 * v) for v in to_rgb(F.RATER_COLOURS[r])]).all(1).sum() > 10
+
+
+@pytest.mark.parametrize("theme", F.THEMES)
+@pytest.mark.parametrize("r", [1, 4, 8])
+def test_numbers_of_expertness_stand_clear_of_each_other(r, theme):
+    g = torch.Generator().manual_seed(r)
+    w, a = torch.rand(r, generator=g), 3 * torch.randn(r, r, generator=g)
+    picture = F.show_expertness(w / w.sum(), covariance=a @ a.T, names=[f"radiologist {i}" for i in range(r)], theme=theme)
+    picture.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in picture.axes[1].texts]
+    assert len(boxes) == r * r
+    assert not any(p.overlaps(q) for i, p in enumerate(boxes) for q in boxes[:i])
+    if r > 4:                                                              # the names stand once, and each bar beside its row of the matrix
+        rows = [text.get_window_extent().y0 + text.get_window_extent().height / 2 for text in picture.axes[1].texts[::r]]
+        bars = [bar.get_window_extent().y0 + bar.get_window_extent().height / 2 for bar in picture.axes[0].patches]
+        assert np.allclose(rows, bars, atol=3)
+
+
+def test_the_expertness_of_one_rater_says_nothing_of_pairs():
+    assert "together" not in F.show_expertness(torch.ones(1), covariance=torch.ones(1, 1)).caption
+
+
+def histories(stages: int = 2, **signs) -> dict:
+    """As `CaliDiff.fit` hands them over after some stages, all healthy unless told otherwise."""
+    healthy = {"collapse": 0.9, "spread": 0.4, "outside": 0.0, "gap": 0.1, "drift": 0.05, "empty drawn": 0.1, "empty concluded": 0.12, "recognised drawn": 0.7, "recognised normalised": 0.4} | signs
+    losses = {name: History({"loss": torch.linspace(3, 1, 40).tolist()}) for name in ("image", "joint", "committee 1", "committee 2")[: stages + 1]}
+    return losses | {"monitors": History({name: [value] * stages for name, value in healthy.items()})}
+
+
+@pytest.mark.parametrize("theme", F.THEMES)
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_monitors_have_a_panel_each_and_a_sentence_each(stages, theme, recwarn):
+    picture = F.show_monitors(histories(stages), 4, theme=theme)
+    picture.png(40)
+    titles = [ax.get_title(loc="left").replace("\n", " ") for ax in picture.axes if ax.axison]
+    assert titles[: len(F.SIGNS)] == [sign.says for sign in F.SIGNS]
+    assert len(titles) == len(F.SIGNS) + stages + 1 and "joint" in titles[len(F.SIGNS) + 1]
+    assert picture.caption == f"After {stages} stage{'s' if stages > 1 else ''} all 7 signs are healthy."
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("name,value,word", [("collapse", 0.3, "collapse"), ("spread", 1.4, "spread"), ("spread", 0.0, "spread"), ("outside", 0.2, "outside"), ("gap", -0.5, "gap"), ("drift", 0.4, "drift"),
+                                             ("empty concluded", 0.9, "empty"), ("recognised normalised", 0.8, "recognised")])
+def test_an_unhealthy_sign_is_named_and_crossed(name, value, word):
+    picture = F.show_monitors(histories(**{name: value}), 4)
+    assert f"look at {word} ({value:.2g}); 6 of 7" in picture.caption
+    crossed = [ax.get_title(loc="left") for ax in picture.axes for line in ax.get_lines() if line.get_marker() == "X"]
+    assert len(crossed) == 1 and crossed[0].replace("\n", " ") == next(s.says for s in F.SIGNS if s.name == word)
+
+
+def test_monitors_before_the_first_stage_of_one_rater_and_without_measurements():
+    assert "No stage is finished" in F.show_monitors({}).alt and "No stage is finished" in F.show_monitors({"monitors": History()}).alt
+    alone = histories(1, spread=torch.nan)
+    for key in ("recognised drawn", "recognised normalised"):
+        del alone["monitors"].values[key]
+    picture = F.show_monitors(alone, 1)                                    # one rater has no spread, and nobody to be told from
+    assert "all 5 signs" in picture.caption and picture.png(40)
+    unwatched = {"joint": History({"loss": [2.0, torch.nan, 1.0]}, stopped="stopped by hand"), "committee 1": History(), "monitors": History()}
+    picture = F.show_monitors(unwatched)
+    assert "were not measured" in picture.caption and "stopped by hand" in picture.axes[0].get_title(loc="left") and picture.png(40)
+
+
+def test_words_of_a_board_are_laid_down_again_as_they_were():
+    """The canvas that keeps words draws what matplotlib's own draws."""
+    board = boards(case())[0][0]
+    kept = np.asarray(board._pixels(100), dtype=float)
+    board._canvas = lambda: F.FigureCanvasAgg(board)
+    plain = np.asarray(board._pixels(100), dtype=float)
+    assert kept.shape == plain.shape and np.abs(kept - plain).mean() < 1.0   # of 255: a shift of less than a pixel in letters
+    assert (np.abs(kept - plain).max(-1) > 0).mean() < 0.05 and F._word.cache_info().currsize > 0

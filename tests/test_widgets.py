@@ -334,3 +334,157 @@ def test_sources(cohort, model, tmp_path):
     assert X.find_model(model, cohort)[0] is model and X.find_model(None)[0] is None
     assert "untrained" in X.find_model(CaliDiff.for_cohort(cohort), cohort)[1]
     assert "structures" in X.find_model(model, make_cohort("two_structures", 2))[1]
+
+
+# nothing is asked twice
+
+
+def calls_of(monkeypatch, *names) -> dict[str, int]:
+    """Count how often functions of the module are called."""
+    counted = dict.fromkeys(names, 0)
+
+    def counting(name, function):
+        def counter(*args, **keywords):
+            counted[name] += 1
+            return function(*args, **keywords)
+        return counter
+
+    for name in names:
+        monkeypatch.setattr(X, name, counting(name, getattr(X, name)))
+    return counted
+
+
+def test_moving_through_a_walk_calls_the_network_no_more(cohort, model, monkeypatch):
+    counted = calls_of(monkeypatch, "sample", "walk_back")
+    player = make("DenoisePlayer", cohort, model, denoiser="learned", steps=6)
+    assert player.view and counted["sample"] == 1
+    for frame in (0, 3, 6, 2):
+        player.set(frame=frame)
+    assert counted == {"sample": 1, "walk_back": 1}
+    player.set(seed=1)
+    assert counted["sample"] == 2                                          # another noise is another walk
+    player.set(seed=0)
+    assert counted["sample"] == 2                                          # and the first one is remembered
+
+
+def test_an_image_is_encoded_once(cohort, model, monkeypatch):
+    player = make("DenoisePlayer", cohort, model, denoiser="learned", steps=2)
+    seen, encode = [], model.net.encode
+    monkeypatch.setattr(model.net, "encode", lambda images: seen.append(len(images)) or encode(images))
+    for changes in ({"seed": 1}, {"sampler": "DDPM"}, {"token": "consensus"}, {"steps": 3}):
+        player.set(**changes).figure()
+    assert seen == [1]
+
+
+def test_walking_through_cases_judges_nobody_anew(cohort, model, monkeypatch):
+    explorer = make("RaterExplorer", cohort, model, bias=(2.5, 0.0, 0.0, 0.0))
+    counted = calls_of(monkeypatch, "staple", "weigh", "in_order")
+    for changes in ({"case": 0}, {"case": 3}, {"order": "most disputed first"}, {"threshold": 0.8}):
+        explorer.set(**changes).figure()
+    assert counted["staple"] == counted["weigh"] == 1                      # all judged over all cases, once
+    explorer.set(bias=(-2.5, 0.0, 0.0, 0.0)).figure()
+    assert counted["staple"] == counted["weigh"] == 2
+
+
+def test_a_bench_has_asked_everything(cohort, model, monkeypatch):
+    bench = X.ask(model, cohort)
+    fresh = {case: X.expected(model, model.net.encode(cohort.images[case : case + 1]), cohort.size, model.raters, True) for case in (0, 5)}
+    monkeypatch.setattr(X, "expected", None)
+    monkeypatch.setattr(model.net, "encode", None)
+    for case, (Q, _, there) in fresh.items():
+        assert len(bench.features(case)) and torch.allclose(bench.asked(case, True)[0], Q, atol=1e-3) and torch.allclose(bench.asked(case, True)[1], there.sigmoid().mean(1), atol=1e-4)
+
+
+def test_a_long_walk_says_at_once_that_it_works(cohort, model):
+    player = make("DenoisePlayer", cohort, model, denoiser="learned", steps=3)
+    said = []
+    player.view  # noqa: B018
+    player._words.observe(lambda change: said.append(change["new"]), "value")
+    player.set(steps=20)
+    assert "Working" in said[0] and "Working" not in said[-1]
+    player.set(steps=3, seed=4)
+    player.set(steps=20, seed=0)                                           # is remembered
+    assert sum("Working" in words for words in said) == 1
+
+
+def test_swift_leaves_all_as_it_was_even_after_an_error():
+    import gc
+
+    threads = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError), X.swift():
+        assert torch.get_num_threads() == 1 and not gc.isenabled()
+        1 / 0
+    assert torch.get_num_threads() == threads and gc.isenabled()
+
+
+# a training
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A board that watched a tiny training, and what it was told."""
+    learn, judge = make_cohort("together", 20, 32, seed=1).split((0.6, 0.4))
+    board, told = X.TrainingBoard(4), []
+    plan = CaliDiffConfig(widths=(8, 8, 8), image_steps=3, joint_steps=4, committee_steps=4, batch=4)
+    board.view  # noqa: B018
+
+    def on_stage(histories):
+        board.on_stage(histories)
+        told.append((board.state.after, bytes(board._screen.png), board._words.value))
+
+    return board, CaliDiff.for_cohort(learn, plan).fit(learn, judge, progress=False, on_stage=on_stage), told
+
+
+def test_a_training_is_watched_live(trained):
+    board, histories, told = trained
+    assert [after for after, _, _ in told] == [1, 2, 3] == list(range(1, board.span()[1] + 1))
+    assert len({png for _, png, _ in told}) == 3 and "After 2 stages" in told[1][2]
+    assert board.numbers == {name: values[-1] for name, values in histories["monitors"].values.items()}
+    assert board._controls["after"].max == 3 and not board._controls["after"].disabled
+
+
+def test_a_board_looks_back(trained):
+    board, histories, _ = trained
+    early = X.until(board.histories, X.TrainingState(1))
+    assert set(early) == {"image", "joint", "monitors"} and all(len(v) == 1 for v in early["monitors"].values.values())
+    assert early["joint"].values["loss"] == histories["joint"].values["loss"]
+    assert set(X.until(board.histories, X.TrainingState(2, "losses"))) == {"image", "joint", "committee 1"}
+    assert set(X.until(board.histories, X.TrainingState(2, "signs"))) == {"monitors"}
+    board._controls["after"].value = 1
+    assert board.state.after == 1 and "After 1 stage" in board._words.value
+    board._controls["show"].value = "losses"
+    assert board.state.show == "losses" and "were not measured" not in board._words.value
+    assert board.set(after=99, show="everything").state.after == 3
+
+
+def test_a_board_keeps_what_it_was_told(trained):
+    board, histories, _ = trained
+    before = dict(board.numbers)
+    histories["monitors"].values["collapse"].append(0.0)                   # fit goes on writing to its own
+    assert board.numbers == before
+    histories["monitors"].values["collapse"].pop()
+
+
+def test_a_board_before_the_first_stage(monkeypatch):
+    board = X.TrainingBoard()
+    assert "No stage is finished" in board.figure().alt and board.numbers == {} and board.span() == (0, 0) and board.step(1).state.after == 0
+    assert board.view and board._controls["after"].disabled
+    assert "image/webp" in board.to_html()
+    with pytest.raises(ValueError, match="everything, signs, losses"):
+        board.set(show="nothing")
+    with pytest.raises(TypeError):
+        board.set(no_such_field=1)
+
+
+def test_a_board_of_a_training_without_signs():
+    board = X.TrainingBoard()
+    board.on_stage({"monitors": X.History(), "image": X.History({"loss": [1.0]}), "joint": X.History({"loss": [2.0, 1.0]})})
+    assert board.state.after == 1 and board.numbers == {} and "were not measured" in board.figure().caption
+
+
+def test_the_twin_of_a_board(trained, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    page = trained[0].to_html()
+    assert page.count("image/webp") == 3 and "http" not in page and len(page) < 300_000
+    parts = [X.TrainingBoard.__dict__.get(name) for name in ("controls", "tune")]
+    assert sum(len(inspect.getsource(part).splitlines()) for part in parts) <= 60

@@ -43,11 +43,11 @@ from torch import Tensor
 from ..calidiff.adversary import entropy
 from ..calidiff.expertness import Expertness
 from ..calidiff.many import as_collection, open_images, part_file, pieces_of, read_each, sample_cohort
-from ..calidiff.model import CaliDiff
+from ..calidiff.model import CaliDiff, CaliDiffConfig
 from ..diffusion.training import load_weights, save_weights
 from .figures import Picture, data_uri, show_expertness, show_learning, show_pseudo_truth, show_raters, show_samples
 from .report import known_spacing, write_at_once
-from .widgets import Explorable, RaterExplorer, _sketch_kind, scan_png
+from .widgets import Explorable, RaterExplorer, drawing_canvas, scan_png
 from ..raters.cases import Cohort
 from ..raters.folders import Case, Collection, detect_layout, find_window, need, put_back, save_masks
 
@@ -62,7 +62,7 @@ class AppState:
     size: int | None = None           # px per side; None: the layout's usual crop, or as the pictures are
     model: str = "lidc-rendered-64"   # weights in the package, or a file
     images: Path | None = None        # images that nobody has annotated
-    joint_steps: int = 600            # of a training, stage 1
+    joint_steps: int = 400            # of a training, stage 1; before it come as many of what the image says
     committee_steps: int = 200        # of a training, stages 2 and 3
     samples: int = 16                 # of each image to segment
     step: str = "Open"                # which part of the page is shown
@@ -559,7 +559,7 @@ class ResultExplorer(Explorable):
 
     def surfaces(self, W: object) -> list:     # of the module ipywidgets
         """Words, the canvas, the picture, and below it the raters, or the doubt."""
-        self._canvas, self._note, self._below = _sketch_kind()(), W.HTML(), W.HTML()
+        self._canvas, self._note, self._below = drawing_canvas(), W.HTML(), W.HTML()
         self._canvas.observe(lambda change: None if self._busy else self.edit(bytes(change["new"])), "mask")
         return [self._note, W.HBox([W.VBox([self._canvas], layout=W.Layout(flex="0 0 auto")), W.VBox([self._screen, self._below], layout=W.Layout(flex="1 1 26rem", min_width="0"))], layout=W.Layout(flex_flow="row wrap", grid_gap="1.5rem"))]
 
@@ -765,7 +765,8 @@ class App:
     ) -> Job:                 # not started yet
         """Prepare a job. Raises: ValueError if something is not chosen yet."""
         s = self._state
-        training = {"total": s.joint_steps + s.committee_steps // 2 * 2, "log": results_place(s, "checkpoint") / "log.txt"} if name == "train" else {}
+        steps = CaliDiffConfig(joint_steps=s.joint_steps, committee_steps=s.committee_steps).stages
+        training = {"total": sum(steps.values()), "log": results_place(s, "checkpoint") / "log.txt"} if name == "train" else {}
         place = {"train": "checkpoint"}.get(name, name)
         return Job(words_for(s, name), watch, place=None if name == "check" else results_place(s, place), **training)
 

@@ -4,37 +4,27 @@
 
 # %% auto #0
 __all__ = ['LARGEST_NOTEBOOK', 'REFERENCE_SECONDS', 'CODE_STUB', 'TEXT_STUB', 'Progress', 'Lesson', 'read_lesson',
-           'package_folder', 'lessons_folder', 'find_lessons', 'read_notebook', 'notebook_text', 'reference_job',
-           'machine_speed', 'LessonTimes', 'lesson_minutes', 'role', 'cut', 'fill_student', 'student_cell',
-           'student_version', 'Student', 'read_roster', 'check_students', 'Slide', 'first_sentence', 'inline_html',
-           'picture_of', 'slides_of', 'deck_html', 'syllabus', 'requirements', 'pack_package', 'digest', 'executed',
-           'student_folder', 'write_slides', 'write_common', 'Release', 'release_class', 'Limits', 'Sandbox', 'Outcome',
-           'send', 'receive', 'serve', 'readable_folders', 'Session', 'sandbox_here', 'CellGrade', 'cells_of',
-           'defined_names', 'grade_notebook', 'feedback_html', 'GradeReport', 'grade_class']
+           'lessons_folder', 'find_lessons', 'read_notebook', 'notebook_text', 'reference_job', 'machine_speed',
+           'LessonTimes', 'lesson_minutes', 'role', 'cut', 'fill_student', 'student_cell', 'student_version', 'Student',
+           'read_roster', 'check_students', 'Slide', 'sentences_of', 'first_sentence', 'inline_html', 'picture_of',
+           'slides_of', 'deck_html', 'syllabus', 'requirements', 'pack_package', 'digest', 'executed', 'student_folder',
+           'write_slides', 'write_common', 'Release', 'release_class', 'CellGrade', 'cells_of', 'defined_names',
+           'grade_notebook', 'feedback_html', 'GradeReport', 'grade_class']
 
 # %% ../../nbs/explore/44_course.ipynb #parents
 import ast
-import builtins
 import concurrent.futures
 import contextlib
 import copy
 import csv
-import ctypes
-import errno
 import hashlib
 import html
 import importlib.metadata
-import importlib.resources
 import io
 import json
 import os
 import re
-import secrets
-import select
 import shutil
-import signal
-import stat
-import struct
 import subprocess
 import sys
 import tempfile
@@ -44,10 +34,10 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from .. import __version__
+from .sandbox import Limits, Outcome, Sandbox, Session, package_folder, writable
 
 # %% ../../nbs/explore/44_course.ipynb #export-lesson
 @dataclass(frozen=True)
@@ -69,7 +59,7 @@ def read_lesson(
     """Read the front matter of a lesson. Raises: ValueError naming what its first cell lacks."""
     path = Path(path)
     first = next((c["source"] for c in read_notebook(path)["cells"] if c["cell_type"] == "markdown"), "")
-    said = dict(re.findall(r"^(\w+): *(.+?) *$", first, re.M))
+    said = dict(re.findall(r"^(?:[-*] )?\**(\w+)\**: *(.+?) *$", first, re.M))
     title = re.search(r"^# +(.+?) *$", first, re.M)
     lacks = [k for k in ("goals", "prerequisites", "minutes_read", "cpu_seconds", "misconceptions", "discussion") if k not in said] + ["# a title"] * (not title)
     if lacks: raise ValueError(f"{path.name}: its first cell must hold {', '.join(lacks)}; see the first cell of T00_tour.")
@@ -78,10 +68,6 @@ def read_lesson(
                   tuple(re.findall(r'"([^"]+)"', said["misconceptions"])), said["discussion"])
 
 # %% ../../nbs/explore/44_course.ipynb #export-find-lessons
-def package_folder() -> Path:          # of calidiff_nb
-    """Find the installed package, with its weights."""
-    return Path(str(importlib.resources.files("calidiff_nb"))).resolve()
-
 def lessons_folder(
     folder: str | Path | None = None,  # where tutorials are; None: those of this project
 ) -> Path:
@@ -121,11 +107,7 @@ def _cell(cell: dict, number: int) -> dict:
     source = cell.get("source", "")
     source = "".join(str(s) for s in source) if isinstance(source, list) else str(source)
     metadata = cell.get("metadata") if isinstance(cell.get("metadata"), dict) else {}
-    return cell | {"id": str(cell.get("id", f"cell-{number}")), "cell_type": str(cell.get("cell_type", "raw")), "source": _writable(source), "metadata": metadata}
-
-def _writable(text: object) -> str:
-    """Text that can be written as UTF-8, whatever it was."""
-    return str(text).encode("utf-8", "replace").decode()
+    return cell | {"id": str(cell.get("id", f"cell-{number}")), "cell_type": str(cell.get("cell_type", "raw")), "source": writable(source), "metadata": metadata}
 
 def notebook_text(
     nb: Mapping[str, Any],             # as `read_notebook` gives it
@@ -292,16 +274,24 @@ class Slide:
     picture: str = ""       # HTML: an image, a player or printed text; empty: none
     code: str = ""          # Python, shown on demand
 
+def sentences_of(
+    markdown: str,                     # of a cell
+) -> list[str]:                        # in Markdown
+    """The sentences of its paragraphs; headings, lists, tables, quotations and formulas are left out."""
+    found = []
+    for paragraph in re.split(r"\n\s*\n", markdown):
+        text = " ".join(line for line in paragraph.splitlines() if not line.startswith("#")).strip()
+        if not text or re.match(r"(\$\$|\||>|```|[-*] |\d+\. |\w+: )", text): continue
+        ends = [m.end() for m in re.finditer(r"[.!?][*_)\"»\]]*(?=\s+(?:[\"*_(«`\[]*[A-Z]|\*?\([a-z]\)))", text)]
+        ends = [e for e in ends if not text[:e].endswith(("e.g.", "i.e.", "vs.", "al."))]
+        found += [text[i:j].strip() for i, j in zip([0, *ends], [*ends, len(text)])]
+    return found
+
 def first_sentence(
     markdown: str,                     # of a cell
 ) -> str:                              # in Markdown
     """The first sentence of the first paragraph."""
-    for paragraph in re.split(r"\n\s*\n", markdown):
-        text = " ".join(line for line in paragraph.splitlines() if not line.startswith("#")).strip()
-        if text and not re.match(r"(\$\$|\||>|[-*] |\d+\. |\w+: )", text):
-            ends = (m.end() for m in re.finditer(r"[.!?][*_)\"»\]]*(?=\s+(?:[\"*_(«`\[]*[A-Z]|\*?\([a-z]\)))", text))
-            return text[: next((e for e in ends if not text[:e].endswith(("e.g.", "i.e.", "vs.", "al."))), len(text))]
-    return ""
+    return next(iter(sentences_of(markdown)), "")
 
 def inline_html(
     markdown: str,                     # one sentence
@@ -314,6 +304,13 @@ def inline_html(
     text = re.sub(r"\*([^*]+)\*", r"<em>\1</em>", re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text))
     return re.sub("\x00(\\d+)\x00", lambda m: formulas[int(m[1])], text)
 
+def _drawable(tex: str) -> str:
+    """The same formula in the words that matplotlib knows."""
+    tex = re.sub(r"\\(?:text|mathbf) ?(\d)", r"\\mathbf{\1}", " ".join(tex.split()))
+    tex = re.sub(r"\\sqrt ?(\w)", r"\\sqrt{\1}", tex)
+    for theirs, ours in ((r"\Big(", r"\left("), (r"\Big)", r"\right)"), (r"\big(", "("), (r"\big)", ")"), (r"\lVert", r"\Vert"), (r"\rVert", r"\Vert"), (r"\tfrac", r"\frac"), (r"\text", r"\mathrm")): tex = tex.replace(theirs, ours)
+    return re.sub(r"\\mathrm\{([^}]*)\}", lambda m: r"\mathrm{" + m[1].strip().replace(" ", r"\ ") + "}", tex)
+
 def _formula(tex: str) -> str:
     """A formula as an SVG picture in the text; as typed if matplotlib cannot read it."""
     from matplotlib import mathtext
@@ -321,9 +318,9 @@ def _formula(tex: str) -> str:
     import matplotlib
     try:
         with io.BytesIO() as f, matplotlib.rc_context({"svg.hashsalt": "calidiff", "svg.fonttype": "path"}):
-            depth = mathtext.math_to_image(f"${tex}$", f, prop=FontProperties(size=18), dpi=72, format="svg")
+            depth = mathtext.math_to_image(f"${_drawable(tex)}$", f, prop=FontProperties(size=18), dpi=72, format="svg")
             svg = f.getvalue().decode()
-    except ValueError: return f"<code>{html.escape(tex)}</code>"
+    except ValueError: return f"<code>{html.escape(tex)}</code>"   # not all of TeX can be drawn
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg"):], flags=re.S)
     return f'<span class="formula" style="vertical-align:-{float(depth) / 18:.2f}em" role="img" aria-label="{html.escape(tex)}">{svg}</span>'
 
@@ -345,21 +342,52 @@ def picture_of(
 def slides_of(
     nb: Mapping[str, Any],             # a tutorial with its outputs
 ) -> tuple[Slide, ...]:
-    """Make slides of a notebook: as its `slideshow` metadata say, else one for each picture and for each heading without one."""
+    """Make slides of a notebook, one sentence and one picture each: as its `slideshow` metadata say, else one for each picture and displayed formula."""
     chosen = any("slideshow" in c["metadata"] for c in nb["cells"])
+    return _chosen_slides(nb["cells"]) if chosen else tuple(s for section in _sections(nb["cells"]) for s in _slides_of_section(*section))
+
+def _sections(cells: Sequence[Mapping[str, Any]]) -> list[tuple[str, list]]:
+    """The cells under each heading."""
+    sections: list[tuple[str, list]] = [("", [])]
+    for cell in cells:
+        title = re.search(r"^#+ +(.+?) *$", cell["source"], re.M) if cell["cell_type"] == "markdown" else None
+        if title: sections.append((title[1], []))
+        sections[-1][1].append(cell)
+    return sections
+
+def _slides_of_section(heading: str, cells: Sequence[Mapping[str, Any]]) -> list[Slide]:
+    """A slide for each picture and formula under a heading; where there is none, for the first short printed answer."""
+    slides, printed, waiting, told = [], [], [], ""
+    for cell in cells:
+        if cell["cell_type"] == "markdown":
+            before, *formulas = re.split(r"\$\$", cell["source"])
+            waiting = [t for t in sentences_of(before) if len(t) > 16] or sentences_of(before)
+            for tex, after in zip(formulas[::2], formulas[1::2]):
+                if (drawn := _formula(tex)).startswith("<span"): slides.append(Slide(heading, told := waiting[0] if waiting else told, drawn))
+                waiting = [t for t in sentences_of(after) if not t[0].islower()] or waiting[1:]
+        for picture in picture_of(cell) if cell["cell_type"] == "code" else ():
+            words = picture.startswith("<pre")
+            if words and picture.count("\n") > 11: continue
+            told = waiting.pop(0) if waiting and not words else told
+            (printed if words else slides).append(Slide(heading, told or next(iter(waiting), heading), picture, cell["source"]))
+    return slides or (printed[:1] if heading not in _ASIDE else [])
+
+_ASIDE = ("Where it breaks", "Try this", "Check yourself", "Next")   # a class does these with its own hands
+
+def _chosen_slides(cells: Sequence[Mapping[str, Any]]) -> tuple[Slide, ...]:
+    """The cells that somebody marked in Jupyter, and no others."""
     slides, heading, waiting, told, seen = [], "", "", "", True
-    for cell in nb["cells"]:
-        if chosen and cell["metadata"].get("slideshow", {}).get("slide_type", "-") in ("skip", "notes", "-"): continue
+    for cell in cells:
+        if cell["metadata"].get("slideshow", {}).get("slide_type", "-") in ("skip", "notes", "-"): continue
         if cell["cell_type"] == "markdown":
             if not seen: slides.append(Slide(heading, waiting))
             title = re.search(r"^#+ +(.+?) *$", cell["source"], re.M)
             heading, waiting, told = title[1] if title else heading, first_sentence(cell["source"]), told if not title else ""
             seen = not waiting
         elif cell["cell_type"] == "code":
-            code = "" if re.match(r"\s*(import|from)\b", cell["source"]) else cell["source"]
             for picture in picture_of(cell):
-                slides.append(Slide(heading, waiting or told, picture, code))
-                told, waiting, code, seen = waiting or told, "", "", True
+                slides.append(Slide(heading, waiting or told, picture, cell["source"]))
+                told, waiting, seen = waiting or told, "", True
     return tuple(slides if seen else [*slides, Slide(heading, waiting)])
 
 # %% ../../nbs/explore/44_course.ipynb #export-deck
@@ -369,11 +397,13 @@ def deck_html(
 ) -> str:                              # one file that needs no other
     """Set slides on one page that a projector without a network can show."""
     goals = "".join(f"<li>{inline_html(g)}</li>" for g in lesson.goals)
-    pages = [f'<h1>{inline_html(lesson.title)}</h1><ul class="goals">{goals}</ul>']
+    images = [s.picture for s in slides if s.picture.startswith("<img")]
+    first, last = (f"<figure>{images[i]}</figure>" if images else "" for i in (0, -1))
+    pages = [f'<h1>{inline_html(lesson.title)}</h1>{first}<details><summary>goals</summary><ul class="goals">{goals}</ul></details>']
     for s in slides:
         code = f"<details><summary>code</summary><pre><code>{html.escape(s.code)}</code></pre></details>" if s.code else ""
         pages.append(f"<h2>{inline_html(s.heading)}</h2><p>{inline_html(s.sentence)}</p>" + (f"<figure>{s.picture}</figure>" if s.picture else "") + code)
-    pages.append(f"<h2>To discuss</h2><p>{inline_html(lesson.discussion)}</p>")
+    pages.append(f"<h2>To discuss</h2><p>{inline_html(lesson.discussion)}</p>{last}")
     body = "".join(f'<section id="s{i}" aria-label="slide {i} of {len(pages)}">{p}</section>' for i, p in enumerate(pages, start=1))
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{html.escape(lesson.title)}</title>'
             f'<link rel="icon" href="data:,"><style>{_DECK_STYLE}</style></head><body>{body}<output id="place"></output><script>{_DECK_SCRIPT}</script></body></html>')
@@ -381,9 +411,9 @@ def deck_html(
 # %% ../../nbs/explore/44_course.ipynb #export-deck-style
 _DECK_STYLE = """
 *{box-sizing:border-box}body{margin:0;background:#fff;color:#1c2733;font:clamp(16px,2.3vw,34px)/1.4 system-ui,sans-serif}
-section{padding:4vh 6vw;max-width:1600px;margin:0 auto}h1{font-size:1.9em;line-height:1.15;margin:18vh 0 .6em}h2{font-size:1.25em;margin:0 0 .3em;color:#0b5c8a;line-height:1.2}
-p{margin:0 0 .6em}figure{margin:0;text-align:center}figure img,figure svg{max-width:100%;max-height:62vh;object-fit:contain;image-rendering:auto}figure img{min-width:min(100%,70vw)}
-figure pre{display:inline-block;text-align:left;font-size:.72em;background:#f3f6f8;padding:.8em 1em;overflow:auto;max-width:100%}iframe{width:100%;height:62vh;border:0}
+section{padding:3vh 6vw;max-width:1600px;margin:0 auto}h1{font-size:1.7em;line-height:1.15;margin:6vh 0 .5em}h2{font-size:1.25em;margin:0 0 .3em;color:#0b5c8a;line-height:1.2}
+p{margin:0 0 .6em}figure{margin:0;text-align:center}figure img,figure svg{max-width:100%;max-height:56vh;object-fit:contain;image-rendering:auto}figure img{min-width:min(100%,70vw)}
+figure>.formula svg{width:auto;height:5.5em;max-width:88vw;margin:1em 0}figure pre{display:inline-block;text-align:left;font-size:.72em;background:#f3f6f8;padding:.8em 1em;white-space:pre-wrap;overflow-wrap:anywhere;max-width:100%}iframe{width:100%;height:64vh;border:0}
 code{font:.88em ui-monospace,monospace}details{margin-top:.6em;font-size:.62em}details pre{background:#f3f6f8;padding:.8em;overflow:auto;max-height:50vh}
 .goals{padding-left:1.1em;color:#43525f}.formula svg{height:auto;max-height:none;vertical-align:baseline}#place{position:fixed;right:1.2em;bottom:.8em;font-size:.5em;color:#5d6b78}
 .deck section{position:fixed;inset:0;overflow:auto;display:none}.deck section.here{display:flex;flex-direction:column;justify-content:safe center}.deck h1{margin-top:0}
@@ -462,7 +492,7 @@ def executed(
     try:
         import nbclient
         import nbformat
-    except ImportError: raise ImportError('an answer key needs a kernel: pip install "calidiff_nb[test]", or release without answers.') from None
+    except ImportError: raise ImportError('an answer key needs a kernel: pip install "calidiff_nb[teach]", or release without answers.') from None
     cells = [c | {"source": fill_student(c["source"], student)} if c["id"] == "parameters" else c for c in nb["cells"]]
     run = nbformat.reads(notebook_text({**nb, "cells": cells}), 4)
     with tempfile.TemporaryDirectory() as folder:
@@ -604,464 +634,6 @@ def _move_in(whole: Path, out: Path, new: Sequence[str]) -> None:
     for made in [*(whole / "students" / student for student in new), *(whole / part for part in (*_SHARED, "instructor"))]:
         if made.exists() and not (target := out / made.relative_to(whole)).exists(): os.rename(made, target)
     os.replace(whole / "class.json", out / "class.json")
-
-# %% ../../nbs/explore/44_course.ipynb #export-limits
-@dataclass(frozen=True)
-class Limits:
-    """What a submission may use."""
-    cell_seconds: float = 60.0         # of one cell: time of the processor; by the clock on the wall three times as long
-    total_seconds: float = 900.0       # of one notebook, by the clock on the wall
-    memory_gb: float = 4.0             # beyond what Python and torch take
-    file_mb: int = 64                  # largest file it may write
-    disk_mb: int = 256                 # all files together, in the throw-away folder
-    processes: int = 128               # at a time
-    text: int = 4000                   # characters of a cell's printed words that are kept
-
-    def __post_init__(self) -> None:
-        """Refuse limits that nothing can keep."""
-        for name, value in asdict(self).items():
-            if value <= 0: raise ValueError(f"limits: {name} must be above 0; got {value}.")
-
-@dataclass(frozen=True)
-class Sandbox:
-    """What the operating system takes away from a submission on this machine."""
-    network: bool = False              # no connection to anywhere
-    writing: bool = False              # no writing outside the throw-away folder
-    reading: bool = False              # no reading of other files than Python and libraries
-    processes: bool = False            # no sight of other processes
-    memory: bool = False               # a limit that holds
-    stranger: bool = False             # runs as a user who owns nothing
-
-    def __str__(self) -> str:
-        """One sentence on what is guaranteed, one on what is only watched."""
-        words = {"network": "the network", "writing": "writing outside its folder", "reading": "reading other people's files", "processes": "other processes", "memory": "memory beyond its limit"}
-        held, open_ = [w for k, w in words.items() if getattr(self, k)], [w for k, w in words.items() if not getattr(self, k)]
-        said = [f"The system itself keeps each submission from {', '.join(held)}." if held else ""]
-        if open_: said.append(f"Not guaranteed on this machine, only watched from inside Python: {', '.join(open_)}. Grade submissions that you don't trust on Linux, or in a virtual machine.")
-        return " ".join(filter(None, said))
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a cell ended."""
-    ok: bool                           # it ran to its end
-    kind: str = ""                     # name of the error; "Stopped" if it had to be ended, "Ended" if the whole process is gone
-    message: str = ""                  # what the error says
-    line: int = 0                      # of the cell, where it happened; 0: not known
-    said: str = ""                     # what it printed, cut
-    attempts: tuple[str, ...] = ()     # what it tried and was refused
-    seconds: float = 0.0               # by the clock on the wall
-
-# %% ../../nbs/explore/44_course.ipynb #export-namespaces
-_USER, _MOUNT, _PID, _NET, _IPC, _UTS = 0x10000000, 0x00020000, 0x20000000, 0x40000000, 0x08000000, 0x04000000
-_PRCTL_DEATH, _PRCTL_DUMPABLE, _PRCTL_NO_NEW_PRIVILEGES = 1, 4, 38
-
-def _libc() -> ctypes.CDLL: return ctypes.CDLL(None, use_errno=True)
-
-def _become_nobody(home: str) -> bool:
-    """As root: turn into a user who owns nothing, if Python can still be read then."""
-    needed = [sys.prefix, sys.base_prefix, str(package_folder()), os.path.dirname(home)]
-    parents = {p for n in needed for p in Path(os.path.realpath(n)).parents}
-    if os.geteuid() != 0 or not hasattr(os, "setresuid") or any(not os.stat(p).st_mode & stat.S_IXOTH for p in parents): return False
-    for path in (home, os.path.dirname(home)): os.chown(path, 65534, 65534)
-    os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
-    return True
-
-def _separate() -> bool:
-    """New user, network, process, message and mount namespaces; goes on as process 1 in them."""
-    libc = _libc()
-    libc.prctl(_PRCTL_DUMPABLE, 1, 0, 0, 0)
-    if (trial := os.fork()) == 0: os._exit(0 if _unshare(libc) else 1)       # some systems allow the first step and not the second
-    if os.waitpid(trial, 0)[1] != 0 or not _unshare(libc): return False
-    if (child := os.fork()) != 0: os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255)
-    libc.prctl(_PRCTL_DEATH, signal.SIGKILL, 0, 0, 0)
-    return True
-
-def _unshare(libc: ctypes.CDLL) -> bool:
-    """Enter new namespaces as the same user."""
-    uid, gid = os.geteuid(), os.getegid()
-    if libc.unshare(_USER | _MOUNT | _PID | _NET | _IPC | _UTS) != 0: return False
-    try:
-        for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")): Path(f"/proc/self/{name}").write_text(text)
-    except OSError: return False
-    return True
-
-class _MountAttributes(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_uint64) for n in ("set", "clear", "propagation", "user")]
-
-def _close_disk(home: str, hidden: Sequence[str], disk_mb: int) -> bool:
-    """Make everything read-only but a folder in memory, and hide some folders."""
-    libc, b = _libc(), os.fsencode
-    if libc.mount(b"none", b"/", None, 0x4000 | 0x40000, None) != 0: return False    # nothing of this reaches the outside
-    if libc.mount(b"proc", b"/proc", b"proc", 0xE, None) != 0: return False          # else the sweep would see foreign processes
-    made = libc.mount(b"tmpfs", b(home), b"tmpfs", 6, f"size={disk_mb}m,mode=700".encode()) == 0
-    for folder in hidden: made &= libc.mount(b"tmpfs", b(folder), b"tmpfs", 7, b"size=4k,mode=755") == 0
-    closed = _MountAttributes(1, 0, 0, 0)
-    made &= libc.syscall(442, -100, b"/", 0x8000, ctypes.byref(closed), ctypes.sizeof(closed)) == 0
-    opened = _MountAttributes(0, 1, 0, 0)
-    return made and libc.syscall(442, -100, b(home), 0, ctypes.byref(opened), ctypes.sizeof(opened)) == 0
-
-# %% ../../nbs/explore/44_course.ipynb #export-landlock
-class _Ruleset(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_uint64) for n in ("files", "network", "scoped")]
-
-class _Beneath(ctypes.Structure):
-    _pack_ = 1
-    _layout_ = "ms"
-    _fields_ = [("allowed", ctypes.c_uint64), ("folder", ctypes.c_int32)]
-
-def _landlock(home: str, readable: Sequence[str]) -> int:
-    """Allow reading of some folders and everything in one, no TCP; 0 if the kernel has no Landlock, else its version."""
-    libc = _libc()
-    version = libc.syscall(444, None, 0, 1)
-    if version < 1: return 0
-    every = (1 << {1: 13, 2: 14}.get(version, 15 if version < 5 else 16)) - 1
-    rules = _Ruleset(every, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
-    handle = libc.syscall(444, ctypes.byref(rules), 8 if version < 4 else 16 if version < 6 else 24, 0)
-    if handle < 0: return 0
-    read = 1 | 4 | 8                                                # execute, read a file, list a folder
-    for path, allowed in [*((p, read) for p in readable), ("/dev/null", (2 | 4 | 1 << 14) & every), (home, every)]:
-        with contextlib.suppress(OSError):
-            folder = os.open(path, os.O_PATH)
-            file_only = every & (1 | 2 | 4 | 1 << 14 | 1 << 15) if not os.path.isdir(path) else every
-            beneath = _Beneath(allowed & file_only, folder)
-            libc.syscall(445, handle, 1, ctypes.byref(beneath), 0)
-            os.close(folder)
-    libc.prctl(_PRCTL_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-    done = libc.syscall(446, handle, 0) == 0
-    os.close(handle)
-    return version if done else 0
-
-def _drop_powers() -> None:
-    """Give up every capability of the new user namespace, so that nothing done here can be undone."""
-    libc = _libc()
-    libc.prctl(_PRCTL_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-    libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
-
-def _set_limits(limits: Limits, count_processes: bool) -> bool:
-    """Limits that no later code can lift; True if memory is among them."""
-    import resource
-    def hold(what: int, value: float) -> None:
-        with contextlib.suppress(ValueError, OSError): resource.setrlimit(what, (int(value), int(value)))
-    hold(resource.RLIMIT_CORE, 0); hold(resource.RLIMIT_FSIZE, limits.file_mb * 2**20)
-    if count_processes: hold(resource.RLIMIT_NPROC, limits.processes)
-    status = Path("/proc/self/status")
-    if not status.exists(): return False
-    used = {k: int(v) * 1024 for k, v in re.findall(r"^(VmSize|VmData):\s+(\d+) kB", status.read_text(), re.M)}
-    for what, key in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")): hold(what, used[key] + limits.memory_gb * 2**30)
-    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
-
-# %% ../../nbs/explore/44_course.ipynb #export-watch
-_REFUSED = ("socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo", "socket.gethostbyname", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn",
-            "os.fork", "os.forkpty", "os.kill", "os.killpg", "pty.spawn", "urllib.Request", "ftplib.connect", "smtplib.connect", "webbrowser.open")
-_CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "os.utime", "os.setxattr", "shutil.rmtree", "shutil.move", "shutil.copyfile")
-
-class _Watch:
-    """Refuses, inside Python, what the system refuses too, and keeps a record."""
-
-    def __init__(self, home: str):
-        self.home, self.off, self.attempts = os.path.realpath(home), True, []
-
-    def outside(self, path: object) -> bool:
-        """Is a path outside the throw-away folder? What is already open is not."""
-        if not isinstance(path, (str, bytes, os.PathLike)): return False
-        real = os.path.realpath(os.fsdecode(path))
-        return real != self.home and not real.startswith(self.home + os.sep) and real != os.devnull
-
-    def refuse(self, what: str) -> None:
-        """Remember and raise."""
-        if len(self.attempts) < 50 and what[:160] not in self.attempts: self.attempts.append(what[:160])
-        raise PermissionError(errno.EPERM, f"not while a notebook is graded: {what[:160]}")
-
-    def __call__(self, event: str, args: tuple) -> None:
-        """Called by Python for each event."""
-        if self.off: return
-        if event == "open":
-            path, mode, flags = args
-            writes = set(mode) & set("wax+") if isinstance(mode, str) else isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-            if writes and self.outside(path): self.refuse(f"writing {path}")
-        elif event in _CHANGES:
-            if any(self.outside(a) for a in args[:2]): self.refuse(f"{event} {args[0]}")
-        elif event in _REFUSED: self.refuse(f"{event} {', '.join(str(a) for a in args if isinstance(a, (str, bytes, int, tuple, list)))}")
-
-# %% ../../nbs/explore/44_course.ipynb #export-run-cell
-class _Words(io.StringIO):
-    """Keeps the beginning of what is printed."""
-    room = 4000
-
-    def write(self, text: str) -> int:
-        """Keep what there is room for."""
-        super().write(text[: max(0, self.room - self.tell())])
-        return len(text)
-
-def _compiled(source: str, name: str) -> Any:
-    """Compile a cell; lines for IPython alone (%magic, !shell) are left out."""
-    try: return compile(source, name, "exec")
-    except SyntaxError: return compile(re.sub(r"^(\s*)[%!].*$", r"\1pass", source, flags=re.M), name, "exec")
-
-def _described(error: BaseException, name: str) -> tuple[str, str, int]:
-    """Name, words and line of an error; also of one that resists."""
-    line, at = 0, error.__traceback__
-    while at is not None:
-        if at.tb_frame.f_code.co_filename == name: line = at.tb_lineno
-        at = at.tb_next
-    if isinstance(error, SyntaxError) and isinstance(error.lineno, int): line = error.lineno
-    try: words = str(error)[:2000]
-    except BaseException: words = "(an error that cannot say what it is)"
-    return type(error).__name__, words, line
-
-class _State:
-    """The names of a notebook, and what checks rely on among them."""
-
-    def __init__(self):
-        self.space: dict[str, Any] = {"__name__": "__main__", "__builtins__": builtins, "display": lambda *things, **more: None}
-        self.kept: dict[str, Any] = {}
-        self.modules: dict[str, dict[str, Any]] = {}
-
-    def keep(self, before: Mapping[str, Any]) -> None:
-        """Remember what a cell of ours has defined, and the modules as they are."""
-        self.kept |= {k: v for k, v in self.space.items() if not k.startswith("__") and before.get(k, self) is not v}
-        fresh = [n for n, m in list(sys.modules.items()) if n not in self.modules and m is not None and re.match(r"(calidiff_nb\b|torch$|math$|builtins$|numpy$)", n)]
-        self.modules |= {n: dict(vars(sys.modules[n])) for n in fresh}
-
-    def put_back(self, own: Sequence[str]) -> None:
-        """Undo what an answer did to them, but for the names that it was asked to define."""
-        for name, held in self.modules.items():
-            if name in sys.modules: vars(sys.modules[name]).update(held)
-        self.space.update({k: v for k, v in self.kept.items() if k not in own})
-
-def _run_cell(request: Mapping[str, Any], state: _State, watch: _Watch) -> dict[str, Any]:
-    """Run one cell and say how it ended."""
-    words, name, before = _Words(), request["name"], dict(state.space)
-    words.room, watch.attempts, start, result = request["text"], [], time.perf_counter(), {"ok": True}
-    if request["check"]: state.put_back(request["own"])
-    try:
-        code = _compiled(request["source"], name)
-        watch.off = False
-        with contextlib.redirect_stdout(words), contextlib.redirect_stderr(io.StringIO()): exec(code, state.space)
-    except BaseException as error:
-        kind, message, line = _described(error, name)
-        result = {"ok": False, "kind": kind, "message": message, "line": line}
-    watch.off = True
-    if request["ours"]: state.keep(before)
-    return result | {"said": words.getvalue(), "attempts": list(watch.attempts), "seconds": time.perf_counter() - start}
-
-# %% ../../nbs/explore/44_course.ipynb #export-serve
-def send(
-    pipe: int,                         # an open descriptor
-    message: Mapping[str, Any],        # plain values
-) -> None:
-    """Write a message in one piece: its length, then JSON."""
-    data = json.dumps(message).encode()
-    data = struct.pack(">I", len(data)) + data
-    while data: data = data[os.write(pipe, data):]
-
-def receive(
-    pipe: int,                         # an open descriptor
-    until: float | None = None,        # time.monotonic() at which to give up; None: never
-    longest: int = 2**22,              # bytes; a longer message is not one of ours
-) -> dict[str, Any] | None:            # the message; None if the other side is gone
-    """Read a message. Raises: TimeoutError after `until`; ValueError if it is not a message."""
-    def take(n: int) -> bytes:
-        data = b""
-        while len(data) < n:
-            if until is not None and not select.select([pipe], [], [], max(0.0, until - time.monotonic()))[0]: raise TimeoutError
-            piece = os.read(pipe, min(n - len(data), 65536))
-            if not piece: return b""
-            data += piece
-        return data
-    head = take(4)
-    if not head: return None
-    (n,) = struct.unpack(">I", head)
-    if n > longest: raise ValueError("the message is too long")
-    found = json.loads(take(n) or "null")
-    if found is not None and not isinstance(found, dict): raise ValueError("the message is not a record")
-    return found
-
-def serve(
-    ask: int,                          # descriptor to read requests from
-    answer: int,                       # descriptor to write answers to
-    settings: Mapping[str, Any],       # home, files, hidden, readable and limits
-) -> None:
-    """Be the process in which a submission runs: give up everything, then run cells until nobody asks any more."""
-    held, limits = _enter(settings), Limits(**settings["limits"])
-    watch, state = _Watch(settings["home"]), _State()
-    sys.addaudithook(watch)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    send(answer, {"held": held})
-    chain = [os.getpid()]
-    while (request := receive(ask)) is not None:
-        done, told = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(done)
-            chain.append(os.getpid())
-            _processor_time(limits.cell_seconds)
-            result = _run_cell(request, state, watch)
-            _processor_time(None)
-            os.write(told, b"."); os.close(told)
-            send(answer, result | {"token": request["token"]})
-            continue                                                # the state after the cell
-        os.close(told)
-        ended = _wait_for(child, done, min(request["seconds"], 3 * limits.cell_seconds))
-        os.close(done)
-        if ended is None:
-            os.waitpid(child, 0)
-            os._exit(0)
-        if held["processes"]: _sweep(chain)
-        send(answer, {"ok": False, "kind": "Stopped", "message": ended, "token": request["token"], "seconds": request["seconds"]})
-    os._exit(0)
-
-# %% ../../nbs/explore/44_course.ipynb #export-serve-parts
-def _enter(settings: Mapping[str, Any]) -> dict[str, bool]:
-    """Take everything away, layer by layer; say what is gone."""
-    home, linux = settings["home"], sys.platform == "linux"
-    stranger = _become_nobody(home)
-    apart = linux and _separate()
-    closed = apart and _close_disk(home, settings["hidden"], settings["limits"]["disk_mb"])
-    os.chdir(home)
-    for file in Path(settings["files"]).glob("*"): shutil.copy(file, home)
-    os.makedirs(os.path.join(home, "cache"), exist_ok=True)
-    for file in Path(home).glob("fontlist*.json"): os.replace(file, os.path.join(home, "cache", file.name))
-    import torch
-    import calidiff_nb.raters.simulate   # noqa: F401  most exercises begin with it
-    torch.set_num_threads(1)
-    landlock = _landlock(home, settings["readable"]) if linux else 0
-    if linux: _drop_powers()
-    memory = _set_limits(Limits(**settings["limits"]), apart and os.geteuid() != 0)
-    return {"network": apart, "writing": closed or landlock > 0, "reading": landlock > 0, "processes": closed, "memory": memory, "stranger": stranger}
-
-def _processor_time(seconds: float | None) -> None:
-    """Limit the processor time of this process from now on; None: no limit. Each copy of a process begins at zero."""
-    import resource
-    _, most = resource.getrlimit(resource.RLIMIT_CPU)
-    used = time.process_time()
-    with contextlib.suppress(ValueError, OSError): resource.setrlimit(resource.RLIMIT_CPU, (most if seconds is None else int(used + seconds + 0.999), most))
-
-def _sweep(chain: Sequence[int]) -> None:
-    """End everything that a stopped cell left behind; in a namespace of its own, all other processes are such."""
-    for _ in range(50):
-        left = [int(p) for p in os.listdir("/proc") if p.isdigit() and int(p) not in chain and b"zombie" not in _status(p)]
-        for process in left:
-            with contextlib.suppress(ProcessLookupError): os.kill(process, signal.SIGKILL)
-        if not left: return
-
-def _status(process: str) -> bytes:
-    """The state of a process, in the system's words; of one that is gone, that it is one."""
-    try: return Path("/proc", process, "status").read_bytes()[:120]
-    except OSError: return b"zombie"
-
-def _wait_for(child: int, done: int, seconds: float) -> str | None:
-    """Wait until a cell is done (None) or its process has ended; end it when its time is up. A sentence says how it ended."""
-    ready, _, _ = select.select([done], [], [], seconds)
-    if ready and os.read(done, 1): return None
-    if not ready: os.kill(child, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if not ready: return f"it was still running after {seconds:g} seconds and was stopped. Is there a loop that never ends?"
-    if code == -signal.SIGXCPU: return "it used all the processor time that a cell may use, and was stopped. Is there a loop that never ends?"
-    if code == -signal.SIGKILL: return "it was ended by the system, probably because there was no memory left."
-    return f"it ended the process it ran in ({f'signal {-code}' if code < 0 else f'exit code {code}'})."
-
-# %% ../../nbs/explore/44_course.ipynb #export-session
-_BEGIN = "import json, sys; from calidiff_nb.explore.course import serve; serve(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))"
-
-def readable_folders() -> list[str]:   # paths
-    """List what a submission may read: Python, its libraries, this package, and the system's."""
-    own = [sys.prefix, sys.base_prefix, str(package_folder()), *(p for p in sys.path if Path(p).name in ("site-packages", "dist-packages"))]
-    return sorted({os.path.realpath(p) for p in [*own, "/usr", "/lib", "/lib64", "/etc", "/proc", "/sys", "/dev"] if os.path.exists(p)})
-
-class Session:
-    """A process for one submission, used as `with Session() as s: s.run("x = 1")`."""
-
-    def __init__(
-        self,
-        limits: Limits = Limits(),         # what it may use
-        files: str | Path | None = None,   # folder whose files lie in the working folder of the submission
-        hidden: Sequence[str | Path] = (), # folders that it must not see
-        stop: threading.Event | None = None,   # ends it early when set
-    ):
-        self.limits, self.files, self.hidden, self.stop = limits, files, [str(Path(h).resolve()) for h in hidden], stop
-        self.sandbox, self.over, self.process = Sandbox(), "", None
-
-    def __enter__(self) -> "Session":
-        """Start the process. Raises: RuntimeError if it does not start; ValueError on a system that has no `fork`."""
-        if not hasattr(os, "fork"): raise ValueError("grading needs Linux or macOS (on Windows: WSL), where a process can be copied.")
-        self.folder = Path(tempfile.mkdtemp(prefix="calidiff-grading-")).resolve()
-        try: self._start()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
-
-    def _start(self) -> None:
-        """Make the throw-away folder, start the process in it and wait until it has given everything up."""
-        home, files = self.folder / "home", self.folder / "files"
-        home.mkdir(); files.mkdir()
-        for file in Path(self.files).glob("*") if self.files else (): shutil.copy(file, files)
-        for file in Path(os.environ.get("MPLCONFIGDIR") or Path.home() / ".cache" / "matplotlib").glob("fontlist*.json"): shutil.copy(file, files)
-        settings = {"home": str(home), "files": str(files), "hidden": self.hidden, "readable": readable_folders(), "limits": asdict(self.limits)}
-        theirs, self.ask = os.pipe()
-        self.answer, back = os.pipe()
-        env = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT")} | {
-            "HOME": str(home), "TMPDIR": str(home), "MPLCONFIGDIR": str(home / "cache"), "MPLBACKEND": "agg", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(package_folder().parent),
-            "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CALIDIFF_FAST": "1"}
-        with (self.folder / "log").open("wb") as log:
-            self.process = subprocess.Popen([sys.executable, "-P", "-c", _BEGIN, str(theirs), str(back), json.dumps(settings)], cwd=home, env=env, stdin=subprocess.DEVNULL,
-                                            stdout=subprocess.DEVNULL, stderr=log, pass_fds=(theirs, back), start_new_session=True)
-        os.close(theirs); os.close(back)
-        try: hello = receive(self.answer, time.monotonic() + 120)
-        except (TimeoutError, ValueError): hello = None
-        if hello is None: raise RuntimeError(f"a process to grade in does not start: {(self.folder / 'log').read_text(errors='replace').strip()[-600:] or 'no word from it'}")
-        self.sandbox = Sandbox(**hello["held"])
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,    # of an error in the `with` block
-        error: BaseException | None,         # the error
-        trace: TracebackType | None,         # where it happened
-    ) -> None:
-        """End the process and everything that it started, and remove its folder."""
-        if self.process is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError): os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.kill()
-            self.process.wait()
-            for pipe in (self.ask, self.answer): os.close(pipe)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def run(
-        self,
-        source: str,                       # a cell
-        name: str = "cell",                # its name, for messages
-        ours: bool = False,                # True: not the student's; what it defines is put back before each check
-        check: bool = False,               # True: put back what checks rely on, first
-        own: Sequence[str] = (),           # names that answers were asked to define, and that are not put back
-        seconds: float | None = None,      # at most, by the clock; None: as the limits say
-    ) -> Outcome:
-        """Run a cell. It never raises what the cell raises."""
-        if self.over: return Outcome(False, "Ended", self.over)
-        token, seconds = secrets.token_hex(16), min(seconds or self.limits.total_seconds, 3 * self.limits.cell_seconds)
-        try:
-            send(self.ask, {"source": source, "name": name, "ours": ours, "check": check, "own": list(own), "seconds": seconds, "text": self.limits.text, "token": token})
-            found = self._answer(time.monotonic() + seconds + 10)
-            if found is None or found.pop("token", "") != token: raise ValueError
-            words = {k: _writable(found.get(k, ""))[: self.limits.text] for k in ("kind", "message", "said")}
-            tried = tuple(_writable(a)[:200] for a in list(found.get("attempts", ()))[:50])
-            return Outcome(found["ok"] is True, line=int(found.get("line", 0)), attempts=tried, seconds=float(found.get("seconds", 0.0)), **words)
-        except (OSError, ValueError, TypeError, KeyError, OverflowError):
-            self.over = "The process of this notebook was ended by one of its cells, or answered out of turn; cells from here on were not run."
-            return Outcome(False, "Ended", self.over)
-
-    def _answer(self, until: float) -> dict[str, Any] | None:
-        """Wait for an answer, and meanwhile for the wish to stop."""
-        while not select.select([self.answer], [], [], 0.5)[0]:
-            if self.stop is not None and self.stop.is_set(): raise KeyboardInterrupt
-            if time.monotonic() > until: raise TimeoutError
-        return receive(self.answer, until)
-
-def sandbox_here(
-    limits: Limits = Limits(),         # for the process that tries
-) -> Sandbox:
-    """Say what the operating system takes away from a submission on this machine."""
-    with Session(limits) as session: return session.sandbox
 
 # %% ../../nbs/explore/44_course.ipynb #export-cell-grade
 @dataclass(frozen=True)

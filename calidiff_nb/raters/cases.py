@@ -47,11 +47,9 @@ def draw_like(
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=home).to(x.device)
 
 
-def pick_device() -> torch.device:  # cuda if there is one, else mps, else cpu
-    """Pick the fastest device of this machine."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def pick_device() -> torch.device:  # cuda if there is one, else cpu
+    """Pick the fastest device of this machine on which the whole method runs."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")  # not Apple's GPU: it has no float64, which expertness is worked out in
 
 # %% ../../nbs/raters/00_cases.ipynb #export-checks
 def _check_tensors(c: "Cohort") -> None:

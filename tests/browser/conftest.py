@@ -26,16 +26,19 @@ QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
          "--disable-dev-shm-usage"]
 PATIENCE = 180  # seconds; a loaded machine is slow, and nothing is slept away: every wait ends when what it waits for is there
 WIDGETS = {"DenoisePlayer": "cohort, model, DenoiseState(denoiser='exact')", "RaterExplorer": "cohort, model", "ScheduleLab": "cohort", "CommitteeRoom": "cohort, model",
-           "DrawAsRater": "cohort, model"}
-CELLS = {name: f"{name}({given})" for name, given in WIDGETS.items()} | {"Chart": "hover(show_expertness(*(w[:, 0] for w in (model.expertness.weights, model.expertness.weights_low, model.expertness.weights_high)), model.expertness.covariance[..., 0], model.rater_names))"}
-SETUP = ["from calidiff_nb.explore.figures import DenoiseState, hover, show_expertness", "from calidiff_nb.explore.widgets import CommitteeRoom, DenoisePlayer, DrawAsRater, RaterExplorer, ScheduleLab",
-         "from calidiff_nb.calidiff.model import CaliDiff", "from calidiff_nb.raters.simulate import make_cohort",
+           "DrawAsRater": "cohort, model", "TrainingBoard": "4"}
+TRAINING = ("learners, judges = make_cohort('together', 40, 32, seed=1).split((0.7, 0.3))\n"
+            "plan = CaliDiffConfig(widths=(8, 16, 16), image_steps=10, joint_steps=30, committee_steps=8, batch=8, lr=4e-3)\n"
+            "CaliDiff.for_cohort(learners, plan).fit(learners, judges, progress=False, on_stage=board.on_stage);")   # the board is one cell above
+CELLS = {name: f"{name}({given})" for name, given in WIDGETS.items()} | {"TrainingBoard": "board = TrainingBoard(4)\nboard"} | {"Chart": "hover(show_expertness(*(w[:, 0] for w in (model.expertness.weights, model.expertness.weights_low, model.expertness.weights_high)), model.expertness.covariance[..., 0], model.rater_names))"}
+SETUP = ["from calidiff_nb.explore.figures import DenoiseState, hover, show_expertness", "from calidiff_nb.explore.widgets import CommitteeRoom, DenoisePlayer, DrawAsRater, RaterExplorer, ScheduleLab, TrainingBoard",
+         "from calidiff_nb.calidiff.model import CaliDiff, CaliDiffConfig", "from calidiff_nb.raters.simulate import make_cohort",
          "cohort, model = make_cohort('together', 8, 64, seed=5), CaliDiff.from_pretrained('simulated-64')"]
 
 
 def notebook(path: Path, names) -> None:
     """Write a tiny notebook: a cell that imports, and a cell for each widget or chart."""
-    cells = [nbformat.v4.new_code_cell("\n".join(SETUP)), *(nbformat.v4.new_code_cell(CELLS[name]) for name in names)]
+    cells = [nbformat.v4.new_code_cell("\n".join(SETUP)), *(nbformat.v4.new_code_cell(CELLS[name]) for name in names), *(nbformat.v4.new_code_cell(TRAINING) for name in names if name == "TrainingBoard")]
     kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
 

@@ -141,12 +141,14 @@ class Person:
             self.page.mouse.move(*point)
         self.page.mouse.up()
 
-    def shot(self, screens, name):
-        """The whole page, which scrolls inside its body."""
+    def shot(self, screens, name, keep=None):
+        """The whole page, which scrolls inside its body; for the gallery too, if `keep` is given."""
         tall = self.page.evaluate("Math.max(700, Math.ceil(document.querySelector('.calidiff-app').getBoundingClientRect().height) + 60)")
         self.page.set_viewport_size({"width": 1240, "height": tall})
         self.page.wait_for_timeout(300)
         self.page.screenshot(path=screens / f"app-{name}.png")
+        if keep is not None:
+            keep(self.page.locator(".calidiff-app"), "App")
         self.page.set_viewport_size({"width": 1240, "height": 900})
 
     def is_accessible(self):
@@ -161,7 +163,7 @@ def mask_of(path):
     return np.array(Image.open(path)) > 127
 
 
-def test_from_opening_to_saved_masks_with_the_mouse_alone(own, surroundings, page, screens, tmp_path):
+def test_from_opening_to_saved_masks_with_the_mouse_alone(own, surroundings, page, screens, keep, tmp_path):
     with served(own.parent, tmp_path, surroundings) as address:
         person = Person(page, address)
         person.shot(screens, "1-open")
@@ -182,7 +184,7 @@ def test_from_opening_to_saved_masks_with_the_mouse_alone(own, surroundings, pag
         person.shot(screens, "3-calibrated")
         person.draw()
         person.says("corrected by you")
-        person.shot(screens, "3-corrected")
+        person.shot(screens, "3-corrected", keep)
         person.click("Save masks, doubt and tables")
         person.says("files saved in")
         results = tmp_path / "own-calidiff" / "calibrated-simulated-64"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.browser
-NAMES = ("DenoisePlayer", "RaterExplorer", "ScheduleLab", "CommitteeRoom", "DrawAsRater")
+NAMES = ("DenoisePlayer", "RaterExplorer", "ScheduleLab", "CommitteeRoom", "DrawAsRater", "TrainingBoard")
 SEEN = "const i = box.querySelector('.calidiff-screen img'), words = box.querySelector('[role=status]').textContent;"
 CHANGED = f"([box, src, said]) => {{ {SEEN} return i.src !== src && i.complete && i.naturalWidth > 300 && words !== said; }}"
 QUIET = f"box => {{ {SEEN} const now = i.src + words; if (box.seen !== now || !i.complete) {{ box.seen = now; box.since = performance.now(); }} return performance.now() - box.since > 500; }}"
@@ -138,12 +138,27 @@ def move_drawing(seen: Seen) -> None:
     seen.changes(lambda: seen.outline(0.23, 0.21, -0.07, 0.04))
 
 
+def move_training(seen: Seen) -> None:
+    """The board redraws while the cell below it trains; then one looks back, by picture, slider and list."""
+    seen.page.wait_for_function("box => box.querySelector('[role=status]').textContent.includes('After 3 stages')", arg=seen.box.element_handle())
+    seen.changes(lambda: seen.box.locator(".calidiff-screen").press("Home"))
+    assert "No stage is finished yet" in seen.now()[1]
+    seen.changes(lambda: seen.box.locator(".noUi-handle").first.press("ArrowRight"))
+    assert "After 1 stage" in seen.now()[1]
+    seen.changes(lambda: seen.box.locator("select").first.select_option("losses"))
+    seen.changes(lambda: seen.box.locator("select").first.select_option("everything"))
+    seen.changes(lambda: seen.drag(seen.box.locator(".noUi-handle").first, 150))
+
+
+MOVES = {"DrawAsRater": move_drawing, "TrainingBoard": move_training}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_in_jupyterlab(lab, page, screens, keep, name):
     open_in_lab(page, lab(name))
     seen = Seen(page, page.locator(".jp-OutputArea-output", has=page.locator(".calidiff-screen")).first)
     written = page.evaluate("jupyterapp.shell.currentWidget.content.model.cells.length"), page.locator(".jp-InputArea-editor").all_inner_texts()
-    (move_drawing if name == "DrawAsRater" else move)(seen)
+    MOVES.get(name, move)(seen)
     for act in OWN.get(name, []):
         seen.changes(lambda act=act: act(seen))
     page.wait_for_function(f"() => {KERNEL} === 'idle'")
@@ -201,6 +216,9 @@ def test_in_voila(voila, page, screens):
     page.wait_for_function(f"() => document.querySelectorAll('.calidiff-screen img').length === {len(NAMES)}")
     for i, name in enumerate(NAMES):
         seen = Seen(page, boxes.nth(i))
+        if name == "TrainingBoard":
+            move_training(seen)
+            continue
         if name == "DrawAsRater":
             seen.changes(seen.outline)
         else:
