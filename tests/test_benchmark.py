@@ -253,8 +253,9 @@ def test_one_training_serves_many_cells(tmp_path, monkeypatch):
 
 def test_training_without_its_dashboard_is_the_same_training():
     train, valid, _ = bench.cases_of("together", TINY, 0)
-    watched, plain = (kind.for_cohort(train, TINY.settings(0)) for kind in (bench.CaliDiff, bench.Unwatched))
-    watched.fit(train, valid, progress=False), plain.fit(train, valid, progress=False)
+    watched, plain = (bench.CaliDiff.for_cohort(train, dataclasses.replace(TINY.settings(0), monitor=m)) for m in (True, False))
+    seen, unseen = watched.fit(train, valid, progress=False), plain.fit(train, valid, progress=False)
+    assert len(seen["monitors"].values["spread"]) > 1 and not unseen["monitors"].values
     assert all(torch.equal(a, b) for a, b in zip(watched.state_dict().values(), plain.state_dict().values(), strict=True))
     assert torch.equal(watched.expertness.weights, plain.expertness.weights)
 

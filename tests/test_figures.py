@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_hex, to_rgb
-from PIL import Image
+from matplotlib.text import Text
+from PIL import Image, ImageFilter
 
 from calidiff_nb.diffusion.training import History
 from calidiff_nb.explore import figures as F
@@ -544,8 +545,11 @@ def test_monitors_before_the_first_stage_of_one_rater_and_without_measurements()
 def test_words_of_a_board_are_laid_down_again_as_they_were():
     """The canvas that keeps words draws what matplotlib's own draws."""
     board = boards(case())[0][0]
-    kept = np.asarray(board._pixels(100), dtype=float)
+    softly = lambda: np.asarray(board._pixels(100).filter(ImageFilter.BoxBlur(2)), dtype=float)   # a letter may lie less than a pixel beside itself
+    kept, sharp = softly(), np.asarray(board._pixels(100), dtype=float)
     board._canvas = lambda: F.FigureCanvasAgg(board)
-    plain = np.asarray(board._pixels(100), dtype=float)
-    assert kept.shape == plain.shape and np.abs(kept - plain).mean() < 1.0   # of 255: a shift of less than a pixel in letters
-    assert (np.abs(kept - plain).max(-1) > 0).mean() < 0.05 and F._word.cache_info().currsize > 0
+    plain, sharp_plain = softly(), np.asarray(board._pixels(100), dtype=float)
+    for text in board.findobj(Text): text.set_visible(False)
+    bare = softly()
+    assert kept.shape == plain.shape and np.abs(kept - plain).mean() < 0.15 * np.abs(bare - plain).mean()
+    assert (np.abs(sharp - sharp_plain).max(-1) > 0).mean() < 0.05 and F._word.cache_info().currsize > 0

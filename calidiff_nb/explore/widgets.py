@@ -264,8 +264,12 @@ function render({model, el}) {
     const d = {ArrowRight: 1, ArrowLeft: -1, PageUp: 5, PageDown: -5, Home: -9999, End: 9999}[e.key];
     if (d) { e.preventDefault(); e.stopPropagation(); model.set('turns', [model.get('turns')[0] + 1, d]); model.save_changes(); }
   });
-  model.on('change:png', draw); draw();
-  return () => { if (url) URL.revokeObjectURL(url); };
+  let wait = null;   // Jupyter's own shortcuts keep quiet over sliders and lists too: Notebook 7 would take their arrow keys
+  const shield = () => {   // on what has the focus itself: a shortcut's selector is held against it first
+    if (el.isConnected) el.closest('.calidiff-view')?.addEventListener('focusin', e => e.target.setAttribute('data-lm-suppress-shortcuts', 'true')); else wait = setTimeout(shield, 50);
+  };
+  model.on('change:png', draw); draw(); shield();
+  return () => { clearTimeout(wait); if (url) URL.revokeObjectURL(url); };
 }
 export default {render};
 """
@@ -316,7 +320,7 @@ class _Front:
         groups = [self._grid(W, group) for group in self.rows(W) if group]
         parts = self.surfaces(W)
         beside = any(self._words in getattr(part, "children", ()) for part in parts)
-        self._view = W.VBox([*groups, *parts, *([] if beside else [self._words])])
+        self._view = W.VBox([*groups, *parts, *([] if beside else [self._words])]).add_class("calidiff-view")
         self._redraw()
         return self._view
 

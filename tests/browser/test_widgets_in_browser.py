@@ -244,4 +244,5 @@ def test_in_notebook(place, surroundings, page, screens, serving, free_port, tmp
             else:
                 move(seen)
             page.screenshot(path=screens / f"notebook-{name}.png")
-    assert not page.problems
+    own = "Cannot read properties of undefined (reading 'schema')"   # Notebook 7.6 says this of itself on every notebook, one with a bare slider too
+    assert set(page.problems) <= {own}
