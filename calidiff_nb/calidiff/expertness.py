@@ -220,7 +220,7 @@ def expertness(
     frame = settle(S, Q, usable, identified)
     peaks = None if edge is None or not identified else edge.peak.to(S).masked_fill(~edge.clear.to(S.device), torch.nan)
     if peaks is not None:
-        quarrel = torch.tensor([absolute or quarrelling(frame.own[j], frame.offset[:, j], peaks[:, j], frame.weights[:, j]) for j in range(k)], device=S.device)
+        quarrel = torch.tensor([absolute or quarrelling(frame.own[j], frame.offset[:, j], peaks[:, j]) for j in range(k)], device=S.device)
         frame = settle(S, Q, usable, identified, peaks.masked_fill(~quarrel, torch.nan)) if quarrel.any() else frame
     counts = torch.stack([torch.bincount(torch.randint(0, b, (b,), generator=generator), minlength=b) for _ in range(resamples)]).to(frame.moments)
     _, own_draws = split_covariance(symmetric_raters(pooled(frame.moments, frame.valid, counts), identified))
@@ -308,14 +308,10 @@ def quarrelling(
     own: Float[Tensor, "r r"],  # N, px^2
     offset: Float[Tensor, "r"],  # px, where each draws
     peaks: Float[Tensor, "r"],  # px, the image's edge seen from each; NaN: no clear peak
-    weights: Float[Tensor, "r"],  # share of each in the frame
 ) -> bool:
-    """Do two trusted raters contradict each other by more than a pixel, and does one of them stand nearer to the edge than the frame, by more than a pixel?"""
+    """Do two trusted raters contradict each other by more than a pixel, and do both see one clear edge?"""
     gap, a, c = contradiction(own, offset)
-    if gap <= 1 or bool(peaks[[a, c]].isnan().any()):
-        return False
-    frame = shifted(weights[:, None], peaks[:, None])[0]
-    return bool(frame.abs() - peaks[[a, c]].abs().min() > 1)
+    return gap > 1 and not bool(peaks[[a, c]].isnan().any())
 
 
 def shifted(
