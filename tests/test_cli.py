@@ -314,10 +314,10 @@ def test_calibrate_writes_arrays_masks_and_page(tmp_path, monkeypatch, capsys):
 def test_a_class_from_the_shell(tmp_path, capsys):
     roster = tmp_path / "roster.csv"
     roster.write_text("id,name\na1,Ada\nb2,Bo\n")
-    assert main(["release", "--class", "2027", "--roster", str(roster), "--out", str(tmp_path / "C"), "--exercises", "E3", "--no-answers"]) == 0
+    assert main(["release", "--class", "2027", "--students", str(roster), "--out", str(tmp_path / "C"), "--exercises", "E3", "--no-answers"]) == 0
     assert {p.name for p in (tmp_path / "C" / "students").iterdir()} == {"a1", "b2"} and "2 students, 1 exercises: E3_agreement" in capsys.readouterr().out
     assert main(["grade", str(tmp_path / "C")]) == 2 and "nothing was handed in" in capsys.readouterr().err
-    assert main(["release", "--roster", str(tmp_path / "none.csv")]) == 2 and "none.csv" in capsys.readouterr().err
+    assert main(["release", "--students", str(tmp_path / "none.csv")]) == 2 and "none.csv" in capsys.readouterr().err
 
 
 def test_the_app_refuses_a_place_that_is_not_there(tmp_path, capsys):

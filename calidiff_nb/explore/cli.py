@@ -437,7 +437,7 @@ def app(
 @dataclass(frozen=True)
 class ReleaseJob:
     """Write everything a class needs: exercises for each student, answer key, slides, syllabus, data and weights."""
-    roster: Path = Path("roster.csv")    # CSV file with the columns id and name
+    students: Path = Path("roster.csv")   # CSV file with the columns id and name
     name: Annotated[str, tyro.conf.arg(name="class")] = "class"   # of the class, such as 2027
     out: Path = Path("class")             # folder for the class
     exercises: tuple[str, ...] = ()       # such as E3; without it all
@@ -449,7 +449,7 @@ def release(
     """Release a class, or add who is new to one."""
     from calidiff_nb.explore.course import release_class
     with contextlib.closing(Bars()) as bars:
-        print(release_class(config.name, config.roster, config.out, exercises=config.exercises or None, answers=config.answers, progress=bars))
+        print(release_class(config.name, config.students, config.out, exercises=config.exercises or None, answers=config.answers, progress=bars))
     return 0
 
 @dataclass(frozen=True)

@@ -416,7 +416,7 @@ p{margin:0 0 .6em}figure{margin:0;text-align:center}figure img,figure svg{max-wi
 figure>.formula svg{width:auto;height:5.5em;max-width:88vw;margin:1em 0}figure pre{display:inline-block;text-align:left;font-size:.72em;background:#f3f6f8;padding:.8em 1em;white-space:pre-wrap;overflow-wrap:anywhere;max-width:100%}iframe{width:100%;height:64vh;border:0}
 code{font:.88em ui-monospace,monospace}details{margin-top:.6em;font-size:.62em}details pre{background:#f3f6f8;padding:.8em;overflow:auto;max-height:50vh}
 .goals{padding-left:1.1em;color:#43525f}.formula svg{height:auto;max-height:none;vertical-align:baseline}#place{position:fixed;right:1.2em;bottom:.8em;font-size:.5em;color:#5d6b78}
-.deck section{position:fixed;inset:0;overflow:auto;display:none}.deck section.here{display:flex;flex-direction:column;justify-content:safe center}.deck h1{margin-top:0}
+.deck section{position:fixed;inset:0;overflow:auto;display:none}.deck section.here{display:flex;flex-direction:column;justify-content:safe center}.deck h1{margin-top:0}.deck figure:has(iframe){flex:0 1 64vh;min-height:12em}.deck iframe{height:100%}
 @media print{section,.deck section{display:block!important;position:static;break-after:page;height:auto}#place{display:none}}
 """
 _FEEDBACK_STYLE = """
