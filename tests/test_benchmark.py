@@ -1,4 +1,5 @@
 """The grid resumes, its numbers are those computed by hand, and the ordering holds on raters nobody tuned for."""
+import csv
 import dataclasses
 import importlib.util
 import json
@@ -485,3 +486,11 @@ def test_ordering_at_home_and_abroad(data, tmp_path):
     for bar in preset.bars:
         verdict = bench.judge_bar(bar, data, report.everything)
         assert verdict.met, f"{bar.name} on {data}: {verdict.number}"
+
+
+@pytest.mark.parametrize("name", ["quick", "parts"])
+def test_kept_tables_hold_the_rows_of_their_preset(name):
+    """What the notebook prints is what the command would write today, row by row; digits are the machine's."""
+    with open(Path(__file__).parents[1] / "nbs" / "compare" / "measured" / name / "table.csv", newline="") as f:
+        kept = {(r["data"], r["method"]) for r in csv.DictReader(f)}
+    assert {(c.data, c.label) for c in bench.cells_of(bench.PRESETS[name])} <= kept

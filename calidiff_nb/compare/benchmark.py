@@ -1132,7 +1132,7 @@ def tally(
     parts: dict[tuple[str, str], list[Row]] = {}
     for r in report.rows:
         if r.kind == "part" and r.difference: parts.setdefault((r.block, r.label), []).append(r)
-    worth = [f"  {label:<38.38} " + "; ".join(f"{r.data} {number_text(r.difference, 3, True, '+')}{'' if r.verdict == 'even' else ' ' + r.verdict}" for r in rows) for (_, label), rows in parts.items()]
+    worth = [f"  {label:<48.48} " + "; ".join(f"{r.data} {number_text(r.difference, 3, True, '+')}{'' if r.verdict == 'even' else ' ' + r.verdict}" for r in rows) for (_, label), rows in parts.items()]
     return "\n".join([*(["Wins, ties and losses against rivals", *lines] if lines else []), *(["What ours gains over ours changed (even unless it says wins or loses)", *worth] if worth else [])])
 
 def bars_text(
@@ -1266,7 +1266,7 @@ _CI_BARS = (                               # margins far from what was seen, so 
 PRESETS: dict[str, Preset] = {p.name: p for p in (  # name -> how much is compared
     Preset("quick", "minutes on two cores: ours beside everything that needs no training", ACCEPTED, 5, _SMALL,
            bars=tuple(b for b in BARS if b.method.startswith("pseudo-truth") and b.measure in ("dice", "brier"))),
-    Preset("parts", "an hour on two cores: what each part is worth, switched off in turn", ACCEPTED, 3, _SMALL, ablations={name: () for name in ABLATIONS}, bars=()),
+    Preset("parts", "a quarter of an hour on two cores: what each part is worth, switched off in turn", ACCEPTED, 3, _SMALL, ablations={name: () for name in ABLATIONS}, bars=()),
     Preset("known-truth", "every regime, every rival, each part switched off in turn", tuple(REGIMES), 5, 
            Scale(1200, 200, 100, 64, 16, (("joint_steps", 270), ("committee_steps", 100))), _WHOLE, {name: (*ACCEPTED, "ambiguous") for name in ABLATIONS}),
     Preset("real", "radiologists: a hidden reader, and samples against all of them", ("lidc",), 3, Scale(0, 0, 0, 64, 16, (("joint_steps", 270), ("committee_steps", 100))), {n: () for n in SEGMENTERS if n != "truth U-Net"}),
