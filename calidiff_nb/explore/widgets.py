@@ -815,7 +815,7 @@ class RaterExplorer(Explorable):
         if self.cohort.n_structures > 1: out["structure"] = W.Dropdown(options=[(n, i) for i, n in enumerate(self.cohort.structure_names)], value=s.structure, description="structure", layout=narrow)
         for r, name in enumerate(self.cohort.rater_names):
             out[f"hidden:{r}"] = W.Checkbox(r not in s.hidden, description=name, tooltip=f"is {name} heard?", indent=False, layout=W.Layout(width="7.6rem"))
-            out[f"bias:{r}"] = W.FloatSlider(0.0, min=-4.0, max=4.0, step=0.5, description="bias (px)", style=small, layout=W.Layout(width="13rem"))
+            out[f"bias:{r}"] = W.FloatSlider(0.0, min=-4.0, max=4.0, step=1.0, readout_format="+.0f", description="bias (px)", style=small, layout=W.Layout(width="13rem"))
         return out
 
     def to_html(self) -> str:              # a player without a kernel

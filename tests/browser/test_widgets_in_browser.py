@@ -99,7 +99,7 @@ def keys_on(seen: Seen, slider: int, times: int) -> None:
 OWN = {
     "DenoisePlayer": [lambda seen: seen.box.locator("select").nth(2).select_option("careless"), lambda seen: seen.box.locator(".widget-play button").first.click(), lambda seen: seen.box.locator(".calidiff-screen").press("Home"),
                       lambda seen: [seen.box.locator(".calidiff-screen").press("ArrowRight") for _ in range(3)]],
-    "RaterExplorer": [lambda seen: seen.box.locator("select").first.select_option("most disputed first"), lambda seen: keys_on(seen, 2, 4)],
+    "RaterExplorer": [lambda seen: seen.box.locator("select").first.select_option("most disputed first"), lambda seen: keys_on(seen, 2, 2)],
     "ScheduleLab": [lambda seen: keys_on(seen, 1, 6), lambda seen: seen.box.locator(".calidiff-screen").press("PageDown")],
     "CommitteeRoom": [lambda seen: seen.box.get_by_text("accurate", exact=True).click(), lambda seen: keys_on(seen, 4, 4)],
 }
