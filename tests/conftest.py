@@ -15,6 +15,29 @@ os.environ.setdefault("CALIDIFF_FAST", "1")  # tutorials and demos in their smal
 os.environ.setdefault("MPLBACKEND", "Agg")  # no windows
 
 
+TOOK = pytest.StashKey()  # tutorial -> (declared, measured) seconds of the processor
+
+
+def pytest_configure(config):
+    config.stash[TOOK] = {}
+
+
+@pytest.fixture
+def took(request):
+    """Where a tutorial writes down what it took."""
+    return request.config.stash[TOOK]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """What each tutorial declares, and what it took here."""
+    rows = config.stash[TOOK]
+    if rows:
+        terminalreporter.section("tutorials: seconds of the processor")
+        for name, (declared, measured) in sorted(rows.items()):
+            terminalreporter.write_line(f"{name:18} declared {declared:4d}  measured {measured:6.1f}")
+        terminalreporter.write_line(f"{'together':18} declared {sum(d for d, _ in rows.values()):4d}  measured {sum(m for _, m in rows.values()):6.1f}")
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run tests that take minutes")
 
