@@ -68,6 +68,19 @@ def test_what_stands_in_a_missing_raters_slot_is_never_read(model):
     assert not torch.equal(model.calibrate(absent).fused, model.calibrate(cohort).fused)
 
 
+@pytest.mark.parametrize("regime", ["seven", "unequal"])
+def test_a_stranger_who_never_came_equals_that_stranger_removed(model, regime):
+    whole = make_cohort([dataclasses.replace(r, name=f"r{i}") for i, r in enumerate(REGIMES[regime])], 12, seed=6)
+    present = whole.present.clone()
+    present[:, 1] = False
+    empty = dataclasses.replace(whole, present=present, masks=whole.masks * present[..., None, None, None].to(torch.uint8))
+    left, gone = model.calibrate(empty), model.calibrate(empty.without_rater(1))
+    others = [i for i in range(whole.n_raters) if i != 1]
+    assert torch.allclose(left.pseudo_truth, gone.pseudo_truth, atol=1e-4) and torch.allclose(left.aligned[:, others], gone.aligned, atol=1e-3)
+    assert torch.allclose(left.expertness.weights[others], gone.expertness.weights, atol=1e-5) and not left.expertness.weights[1].any()
+    assert left.expertness.covariance.shape == (whole.n_raters, whole.n_raters, 1) and torch.isfinite(left.pseudo_distance).all()
+
+
 def test_an_empty_mask_does_not_move_the_boundary_far(model):
     cohort = make_cohort("balanced", 4, seed=6)
     masks = cohort.masks.clone()
