@@ -68,6 +68,15 @@ def test_what_stands_in_a_missing_raters_slot_is_never_read(model):
     assert not torch.equal(model.calibrate(absent).fused, model.calibrate(cohort).fused)
 
 
+def test_whoever_never_marks_anything_is_not_believed(model):
+    cohort = make_cohort([dataclasses.replace(r, name=f"r{i}") for i, r in enumerate(REGIMES["unequal"])], 12, seed=6)
+    masks = cohort.masks.clone()
+    masks[:, 1] = 0                                                       # he was there, and saw nothing
+    found = model.calibrate(dataclasses.replace(cohort, masks=masks)).expertness
+    assert found.weights[1].item() == 0 and found.weights.sum().item() == pytest.approx(1, abs=1e-5)
+    assert found.lapse[1].item() > 0.3 > found.lapse[0].item()
+
+
 @pytest.mark.parametrize("regime", ["seven", "unequal"])
 def test_a_stranger_who_never_came_equals_that_stranger_removed(model, regime):
     whole = make_cohort([dataclasses.replace(r, name=f"r{i}") for i, r in enumerate(REGIMES[regime])], 12, seed=6)

@@ -217,6 +217,13 @@ def expertness(
     if not usable.any():
         raise ValueError("masks must mark something somewhere; got only empty or absent annotations, so no rater can be judged.")
     names = rater_names or tuple(f"rater {i + 1}" for i in range(r))
+    came = usable.any(0).any(-1)
+    if not came.all():  # whoever never marked anything has no residuals, and would look perfect
+        seen = None if edge is None else EdgeWitness(**{f.name: getattr(edge, f.name)[came.to(edge.peak.device)] for f in fields(edge)})
+        part = lambda x: x[:, came]
+        who = expertness(part(S), part(Q), part(marked), part(present), identified, tuple(n for n, c in zip(names, came.tolist()) if c), seen, absolute, resamples, generator)
+        miss, invent = lapses(marked, present)  # of whom nothing is known but that he marks nothing, this is known
+        return replace(_in_slots(who, came), lapse=miss, invent=invent)
     frame = settle(S, Q, usable, identified)
     peaks = None if edge is None or not identified else edge.peak.to(S).masked_fill(~edge.clear.to(S.device), torch.nan)
     if peaks is not None:
@@ -236,6 +243,33 @@ def expertness(
         *((None,) * 4 if peaks is None else (peaks, edge.low.to(S), edge.high.to(S), shifted(frame.weights, peaks) if absolute else None)), b, identified,
     )
     return with_warnings(found, names)
+
+
+def _in_slots(
+    who: Expertness,  # of those who came
+    came: Bool[Tensor, "r"],  # which slots that is
+) -> Expertness:  # the same people in their slots, and in the others nobody
+    """Leave empty slots at the table: without weight, unlike anybody, about as good as the average."""
+    at, nobody = came.nonzero().flatten(), torch.zeros_like(who.weights[:1])
+
+    def rows(x: Tensor, other: Tensor) -> Tensor:
+        out = other.expand(len(came), -1).clone()
+        out[at] = x
+        return out
+
+    def square(x: Tensor, own: Tensor | float) -> Tensor:
+        out = torch.eye(len(came)).to(x)[..., None] * own
+        out[at[:, None], at] = x
+        return out
+
+    mean, own = lambda x: x.mean(0, keepdim=True), lambda x: x.diagonal(dim1=0, dim2=1).mean(-1)
+    edges = {n: rows(getattr(who, n), nobody * torch.nan) for n in ("edge", "edge_low", "edge_high") if getattr(who, n) is not None}
+    return replace(
+        who, weights=rows(who.weights, nobody), weights_low=rows(who.weights_low, nobody), weights_high=rows(who.weights_high, nobody),
+        covariance=square(who.covariance, own(who.covariance)), total=square(who.total, own(who.total)), bias=rows(who.bias, nobody),
+        lapse=rows(who.lapse, mean(who.lapse)), invent=rows(who.invent, mean(who.invent)), collusion=square(who.collusion, torch.ones_like(nobody[0])),
+        collusion_low=square(who.collusion_low, torch.ones_like(nobody[0])), **edges,
+    )
 
 # %% ../../nbs/calidiff/21_expertness.ipynb #export-regular
 def regular(

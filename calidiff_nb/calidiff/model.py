@@ -626,12 +626,6 @@ def judge_strangers(
     cohort: Cohort,  # annotations of people it has never seen
 ) -> tuple[Expertness, Float[Tensor, "r k"]]:
     """Measure expertness and habits of unknown raters on the very cases to be calibrated; the image says the panel's average."""
-    came = cohort.present.any(0).cpu()
-    if came.any() and not came.all():  # a slot that nobody filled counts for nothing
-        who, known = judge_strangers(model, cohort.drop_absent_raters())
-        habit = torch.zeros(cohort.n_raters, cohort.n_structures)
-        habit[came] = known
-        return _seated(who, came), habit
     S, Q, marked = gather(model, cohort, False)
     usable = marked & cohort.present.cpu()[..., None]
     habit = habits(S, Q, usable) if cohort.raters_identified else torch.zeros(cohort.n_raters, cohort.n_structures)
@@ -643,33 +637,6 @@ def judge_strangers(
         said = f"Expertness rests on {len(cohort)} case{'s' if len(cohort) > 1 else ''} only; the intervals are as wide as they look."
         who = dataclasses.replace(who, warnings=(*who.warnings, said))
     return who, habit
-
-
-def _seated(
-    who: Expertness,  # of those who came
-    came: Bool[Tensor, "r"],  # which slots that is
-) -> Expertness:  # the same people in their slots, and in the others nobody
-    """Leave empty slots at the table: without weight, unlike anybody, about as good as the average."""
-    at, nobody = came.nonzero().flatten(), torch.zeros_like(who.weights[:1])
-
-    def rows(x: Tensor, other: Tensor) -> Tensor:
-        out = other.expand(len(came), -1).clone()
-        out[at] = x
-        return out
-
-    def square(x: Tensor, own: Tensor | float) -> Tensor:
-        out = torch.eye(len(came)).to(x)[..., None] * own
-        out[at[:, None], at] = x
-        return out
-
-    mean, own = lambda x: x.mean(0, keepdim=True), lambda x: x.diagonal(dim1=0, dim2=1).mean(-1)
-    edges = {n: rows(getattr(who, n), nobody * torch.nan) for n in ("edge", "edge_low", "edge_high") if getattr(who, n) is not None}
-    return dataclasses.replace(
-        who, weights=rows(who.weights, nobody), weights_low=rows(who.weights_low, nobody), weights_high=rows(who.weights_high, nobody),
-        covariance=square(who.covariance, own(who.covariance)), total=square(who.total, own(who.total)), bias=rows(who.bias, nobody),
-        lapse=rows(who.lapse, mean(who.lapse)), invent=rows(who.invent, mean(who.invent)), collusion=square(who.collusion, torch.ones_like(nobody[0])),
-        collusion_low=square(who.collusion_low, torch.ones_like(nobody[0])), **edges,
-    )
 
 
 def flat(
