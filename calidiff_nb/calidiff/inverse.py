@@ -43,9 +43,9 @@ def unfold_raters(
 # %% ../../nbs/calidiff/20_inverse.ipynb #export-schedule
 def distance_schedule(
     T: int = 1000,  # noise levels
-    signal: float = 0.2,  # factor on the signal before it is noised; 1 is the cosine schedule itself
+    signal: float = 1.0,  # factor on the signal before it is noised; 1 is the cosine schedule itself
 ) -> NoiseSchedule:
-    """The cosine schedule, shifted for smooth maps, equation (20.1).
+    """The cosine schedule, its signal weakened or strengthened, equation (20.1).
 
     Source: the shift is that of Hoogeboom et al. 2023 for images of higher resolution. Raises: ValueError if `signal` is not positive.
     """
@@ -76,10 +76,9 @@ def draw_times(
     T: int,  # length of the schedule
     generator: torch.Generator | None = None,  # source of the draw
 ) -> Int[Tensor, "b r"]:  # 0..T-1
-    """Draw noise levels: 30 % of the images all raters at full noise, 40 % one level for all, 30 % a level each."""
+    """Draw noise levels: in half of the images one level for all raters, in half a level for each."""
     own = torch.randint(0, T, shape, generator=generator)
-    kind = torch.rand(shape[0], 1, generator=generator)
-    return torch.where(kind < 0.3, T - 1, torch.where(kind < 0.7, own[:, :1], own))
+    return torch.where(torch.rand(shape[0], 1, generator=generator) < 0.5, own[:, :1], own)
 
 # %% ../../nbs/calidiff/20_inverse.ipynb #export-loss
 def joint_diffusion_loss(

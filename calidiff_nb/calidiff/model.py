@@ -42,11 +42,11 @@ class CaliDiffConfig:
     widths: tuple[int, ...] = (32, 64, 96)  # channels at 1/2, 1/4 and 1/8 of the image
     T: int = 1000  # noise levels
     reach: float = 8.0  # px; signed distances are truncated there
-    signal: float = 0.2  # factor on distances before they are noised: they are smooth, so noise averages out
+    signal: float = 1.0  # factor on distances before they are noised; 1 is the cosine schedule itself
     cross_rater: bool = True  # raters look at each other while they are denoised (joint model); False: each alone
     blind: float = 0.25  # share of training slots that are not told who is speaking
-    image_steps: int | None = None  # before stage 1: what the image alone says, in cheap steps of one call an image; None: as many as joint_steps
     joint_steps: int = 400  # stage 1: shared-parameter inverse diffusion
+    image_steps: int | None = None  # end of stage 1: what the image alone says, in cheap steps of one call an image; None: twice joint_steps
     committee_steps: int = 200  # stages 2 and 3: alignment, fusion, consensus, adversary
     batch: int = 12  # images a step
     lr: float = 2e-3  # peak learning rate of stage 1; the committee learns at a quarter of it
@@ -75,9 +75,9 @@ class CaliDiffConfig:
     @property
     def stages(self) -> dict[str, int]:  # name -> steps, in the order of training; none that has no steps
         """What `fit` will go through."""
-        image = self.joint_steps if self.image_steps is None else self.image_steps
+        image = 2 * self.joint_steps if self.image_steps is None else self.image_steps
         committee = {f"committee {n + 1}": self.committee_steps // self.rounds for n in range(self.rounds)}
-        return {name: steps for name, steps in ({"image": image, "joint": self.joint_steps} | committee).items() if steps}
+        return {name: steps for name, steps in ({"joint": self.joint_steps, "image": image} | committee).items() if steps}
 
 # %% ../../nbs/calidiff/26_model.ipynb #export-results
 @dataclass(frozen=True, eq=False)
@@ -183,7 +183,7 @@ def image_step(
     data: Cohort,  # training cases, all with somebody present
     config: CaliDiffConfig,  # what is switched on
 ) -> Callable[["CaliDiff", int, torch.Generator], dict[str, Tensor]]:  # loss of one step, for `fit`
-    """Before stage 1: one speaker an image, asked at full noise; unnamed speakers answer with the panel's average."""
+    """End of stage 1: one speaker an image, asked at full noise; unnamed speakers answer with the panel's average."""
 
     def step(model: "CaliDiff", number: int, generator: torch.Generator) -> dict[str, Tensor]:
         images, masks, present, _, _ = draw_batch(data, (), config.batch, generator, model.device)
@@ -343,13 +343,12 @@ class CaliDiff(nn.Module):
         if n < 1:
             raise ValueError("a CaliDiff needs rater_names, or raters= the number of slots; got neither.")
         self.config, self.rater_names, self.structure_names, self.channels, self.raters = config, tuple(rater_names), tuple(structure_names), channels, n
-        k = len(self.structure_names)
+        k, self.schedule = len(self.structure_names), distance_schedule(config.T, config.signal)
         with torch.random.fork_rng(devices=[]):  # weights depend on the seed alone, and nobody else's draws on us
             torch.manual_seed(config.seed)
-            self.net = UNet(n, k, channels, config.widths, config.T, config.cross_rater)
+            self.net = UNet(n, k, channels, config.widths, config.T, config.cross_rater, self.schedule)
             self.fusion = CrossExpertFusion(config.widths[0])
             self.critic = ReliabilityCritic(channels, k)
-        self.schedule = distance_schedule(config.T, config.signal)
         self.expertness: Expertness | None = None
         self.kept: tuple[Tensor, Tensor] | None = None  # steps and the share of a shift they keep
         self.about: dict = {}  # recipe: data, figures, versions
@@ -392,7 +391,7 @@ class CaliDiff(nn.Module):
         checkpoint: str | Path | None = None,  # folder for resumable checkpoints; None keeps none
         progress: bool = True,  # show a bar with the time left
         on_stage: Callable[[dict[str, History]], None] | None = None,  # told the histories after every stage, to draw a dashboard
-    ) -> dict[str, History]:  # "image" if there is such a stage, "joint", "committee 1" ... step by step, and "monitors" stage by stage
+    ) -> dict[str, History]:  # "joint", "image", "committee 1" ... step by step, each if it has steps, and "monitors" stage by stage
         """Train all stages; an interrupted training with a `checkpoint` folder goes on where it stopped."""
         check_fits(self, train)
         check_fits(self, valid)
@@ -400,7 +399,7 @@ class CaliDiff(nn.Module):
         c, where = self.config, None if checkpoint is None else Path(checkpoint)
         shared = (self.net.encoder, self.net)  # what several processes share out
         out = {"monitors": History()}
-        for name, step in (("image", image_step(train, c)), ("joint", joint_step(train, c))):
+        for name, step in (("joint", joint_step(train, c)), ("image", image_step(train, c))):
             if name in c.stages:
                 out[name] = fit(self, step, TrainConfig(steps=c.stages[name], lr=c.lr, seed=c.seed), where and where / f"{name}.pt", progress=progress, shared=shared)
         self.watch(valid, out, on_stage)

@@ -28,7 +28,7 @@ from ..calidiff.model import annotated, draw_batch
 from ..diffusion.denoisers import ImageEncoder, UNet
 from ..diffusion.forward import bernoulli_step_posterior, q_bernoulli
 from ..diffusion.samplers import sample, timestep_grid
-from ..diffusion.schedules import cosine_schedule
+from ..diffusion.schedules import NoiseSchedule, cosine_schedule
 from ..diffusion.training import History, TrainConfig, fit
 from ..raters.agreement import given_votes, majority_vote, soft_vote, staple
 from ..raters.cases import Cohort, draw_like
@@ -162,11 +162,12 @@ def backbone(
     train: Cohort,  # whose channels and structures to take
     budget: Budget,  # width and seed
     tokens: int = 1,  # how many different answers are asked of it
+    schedule: NoiseSchedule | None = None,  # of a diffusion: start as the exact Gaussian denoiser, as the method does
 ) -> UNet:
     """The network everybody uses: the one of the method, without its look across raters."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(budget.seed)
-        return UNet(tokens, train.n_structures, train.images.shape[1], budget.widths, cross_rater=False).to(train.images.device)
+        return UNet(tokens, train.n_structures, train.images.shape[1], budget.widths, cross_rater=False, schedule=schedule).to(train.images.device)
 
 
 def learn(
@@ -579,7 +580,7 @@ class Diffusion:
     ) -> None:
         """Learn to denoise every slot alone."""
         train = annotated(train)
-        net = backbone(train, budget, train.n_raters)
+        net = backbone(train, budget, train.n_raters, self.schedule)
         ids = torch.arange(train.n_raters) if self.told else torch.full((train.n_raters,), net.tokens.null)
 
         def step(net: UNet, number: int, generator: torch.Generator) -> dict[str, Tensor]:

@@ -347,6 +347,8 @@ class UNet(nn.Module):
         widths: tuple[int, ...] = (32, 64, 96),    # channels at 1/2, 1/4, 1/8; multiples of 8
         T: int = 1000,                             # steps of the schedule it will be used with
         cross_rater: bool = True,                  # let raters of a case look at each other at 1/8
+        schedule: NoiseSchedule | None = None,     # start as the exact Gaussian denoiser under this schedule; None: as one that keeps nothing
+        variance: float = 0.1,                     # of what the image leaves open, squared network units
     ):
         super().__init__()
         w0, w1, w2 = widths
@@ -366,6 +368,9 @@ class UNet(nn.Module):
         self.who_marks = nn.Sequential(nn.Linear(2 * w2 + dim, 64), nn.SiLU(), nn.Linear(64, structures))
         for layer in (self.film, self.head):
             nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+        a = torch.zeros(T) if schedule is None else schedule.alphas_cumprod.float()
+        self.register_buffer("keep", a.sqrt() * variance / (a * variance + 1 - a), persistent=False)
+        self.register_buffer("room", ((1 - a) / (a * variance + 1 - a)).sqrt(), persistent=False)
         self.to(memory_format=torch.channels_last)
 
     def encode(
@@ -394,7 +399,9 @@ class UNet(nn.Module):
         film = self.film(F.silu(self.time(time_embedding(t, self.T)) + self.tokens(tokens)))
         out = self.decode(x, features, film.flatten(0, 1).split(self.film_sizes, -1), present)
         out = rearrange(out, "(b r) (two k) h w -> two b r k h w", r=t.shape[1], two=2).float()
-        return Prediction(*out[..., : x_t.shape[-2], : x_t.shape[-1]])
+        said, logit = out[..., : x_t.shape[-2], : x_t.shape[-1]]
+        keep, room = (x[t][:, :, None, None, None] for x in (self.keep, self.room))
+        return Prediction(keep * x_t + room * said, logit)
 
     def decode(
         self,

@@ -152,8 +152,8 @@ def patient_key(
 REGIME = "together"   # of the simulated demo: two of four raters draw too large, and do it together
 
 # preset -> name of its weights, changes to CaliDiffConfig
-PRESETS = {"demo": ("lidc-rendered-64", {"joint_steps": 520, "committee_steps": 200}), "simulated": ("simulated-64", {"joint_steps": 520, "committee_steps": 200}), "quick": ("lidc-quick", {"joint_steps": 40, "committee_steps": 30}),
-           "lidc": ("lidc-64", {"image_steps": 2500, "joint_steps": 250, "committee_steps": 80, "batch": 16})}
+PRESETS = {"demo": ("lidc-rendered-64", {"joint_steps": 400, "image_steps": 1000, "committee_steps": 200}), "simulated": ("simulated-64", {"joint_steps": 400, "image_steps": 1000, "committee_steps": 200}), "quick": ("lidc-quick", {"joint_steps": 40, "committee_steps": 30}),
+           "lidc": ("lidc-64", {"joint_steps": 500, "image_steps": 2500, "committee_steps": 100, "batch": 16})}
 
 def training_cohort(
     preset: str,              # demo, simulated, quick or lidc
@@ -297,8 +297,8 @@ class TrainJob:
     preset: Literal["demo", "simulated", "quick", "lidc"] = "demo"   # the recipe: of the weights in the package, or a short one; lidc needs --data
     data: Path | None = None              # folder with a cohort of your own; without it the preset's
     size: int | None = None               # px per side of your own cohort; without it the layout's usual crop, or the largest picture
-    image_steps: int | None = None        # steps of what the image alone says, before stage 1; without it the preset's
     joint_steps: int | None = None        # steps of stage 1; without it the preset's
+    image_steps: int | None = None        # steps of what the image alone says, at the end of stage 1; without it the preset's
     committee_steps: int | None = None    # steps of stages 2 and 3; without it the preset's
     out: Path = Path("model.safetensors") # the file to write
     checkpoint: Path | None = None        # folder for resumable checkpoints; without it none are kept
@@ -313,7 +313,7 @@ def train(
     if not config.out.parent.exists(): config.out.parent.mkdir(parents=True)
     cohort = training_cohort(config.preset, config.data, config.seed, config.size)
     print(cohort.summary())
-    settings = PRESETS[config.preset][1] | {n: v for n in ("image_steps", "joint_steps", "committee_steps") if (v := getattr(config, n)) is not None}
+    settings = PRESETS[config.preset][1] | {n: v for n in ("joint_steps", "image_steps", "committee_steps") if (v := getattr(config, n)) is not None}
     model, _ = train_model(cohort, settings, config.seed, config.checkpoint)
     if not Team().first: return 0    # under torchrun every process holds the same model, and one writes it
     model.save(config.out)
