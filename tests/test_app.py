@@ -158,15 +158,15 @@ def test_a_training_can_be_stopped_and_goes_on(own, tmp_path):
     assert far.wait(180), job.sentence
     job.stop()
     assert job.wait(120) and job.stopped and "goes on from there" in job.sentence
-    kept = torch.load(results_place(app.state, "checkpoint") / "image.pt", weights_only=True)["step"]
+    kept = torch.load(results_place(app.state, "checkpoint") / "joint.pt", weights_only=True)["step"]
     assert 2 < kept < 14 and not results_place(app.state, "model").exists(), "half a model was written"
     again = app.job("train").start()
     assert again.wait(300) and again.ok, again.sentence
     steps = [s for s, _ in again.seen.losses]
-    assert steps == sorted(set(steps)) and steps[0] < kept < steps[-1] == 28 and again.share == 1
+    assert steps == sorted(set(steps)) and steps[0] < kept < steps[-1] == 42 and again.share == 1
     assert (results_place(app.state, "model").stem + " (own, trained here)") in [name for name, _ in known_models(app.state)]
     trained = CaliDiff.from_pretrained(str(results_place(app.state, "model")))
-    assert trained.rater_names == ("Ann", "Ben", "Cleo", "Dan") and trained.config.stages == {"image": 14, "joint": 14}
+    assert trained.rater_names == ("Ann", "Ben", "Cleo", "Dan") and trained.config.stages == {"joint": 14, "image": 28}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="processes are asked in the way of POSIX")

@@ -37,7 +37,7 @@ def make(kind: str, cohort, model, **changes):
 def begin(kind: str, cohort) -> dict:
     """A start from which every control has something to change."""
     if kind == "DenoisePlayer":
-        return {"start": cohort.rater_names[-1], "token": cohort.rater_names[0], "frame": 1}
+        return {"start": cohort.rater_names[-1], "token": cohort.rater_names[0], "frame": 3, "case": 2}
     if kind == "DrawAsRater":
         return {"drawings": tuple((i, cohort.truth[i, 0].numpy().tobytes()) for i in range(len(cohort)))}
     return {}

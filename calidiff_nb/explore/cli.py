@@ -298,7 +298,7 @@ class TrainJob:
     data: Path | None = None              # folder with a cohort of your own; without it the preset's
     size: int | None = None               # px per side of your own cohort; without it the layout's usual crop, or the largest picture
     joint_steps: int | None = None        # steps of stage 1; without it the preset's
-    image_steps: int | None = None        # steps of what the image alone says, at the end of stage 1; without it the preset's
+    image_steps: int | None = None        # steps of what the image alone says, at the end of stage 1; without it twice --joint_steps, or without those the preset's
     committee_steps: int | None = None    # steps of stages 2 and 3; without it the preset's
     out: Path = Path("model.safetensors") # the file to write
     checkpoint: Path | None = None        # folder for resumable checkpoints; without it none are kept
@@ -313,7 +313,8 @@ def train(
     if not config.out.parent.exists(): config.out.parent.mkdir(parents=True)
     cohort = training_cohort(config.preset, config.data, config.seed, config.size)
     print(cohort.summary())
-    settings = PRESETS[config.preset][1] | {n: v for n in ("joint_steps", "image_steps", "committee_steps") if (v := getattr(config, n)) is not None}
+    given = {n: v for n in ("joint_steps", "image_steps", "committee_steps") if (v := getattr(config, n)) is not None}
+    settings = PRESETS[config.preset][1] | ({"image_steps": None} if "joint_steps" in given else {}) | given
     model, _ = train_model(cohort, settings, config.seed, config.checkpoint)
     if not Team().first: return 0    # under torchrun every process holds the same model, and one writes it
     model.save(config.out)
