@@ -7,7 +7,8 @@ import torch
 from calidiff_nb.calidiff.expertness import expertness, frame_weights, split_covariance
 from calidiff_nb.calidiff.fusion import fuse
 from calidiff_nb.calidiff.inverse import distance_schedule, image_loss, unfold_raters
-from calidiff_nb.calidiff.model import CaliDiff, CaliDiffConfig, gather, judge
+from calidiff_nb.calidiff.model import CaliDiff, CaliDiffConfig, gather, judge, pack
+from calidiff_nb.diffusion.training import save_weights
 from calidiff_nb.raters.cases import Cohort
 from calidiff_nb.raters.metrics import dice
 from calidiff_nb.raters.simulate import REGIMES, make_cohort
@@ -122,6 +123,15 @@ def test_saved_is_the_same(model, tmp_path):
     (tmp_path / "m.safetensors").write_bytes((tmp_path / "m.safetensors").read_bytes()[:1000])
     with pytest.raises(ValueError, match="cut short"):
         CaliDiff.load(tmp_path / "m.safetensors")
+
+
+def test_a_model_saved_before_the_network_knew_its_schedule_is_refused(model, tmp_path):
+    tensors, facts = pack(model)
+    old = {n: t for n, t in tensors.items() if n not in ("weights.net.keep", "weights.net.room")}
+    assert len(old) == len(tensors) - 2
+    save_weights(old, tmp_path / "old.safetensors", facts)
+    with pytest.raises(ValueError, match="of this version"):
+        CaliDiff.load(tmp_path / "old.safetensors")
 
 
 def test_training_goes_on_where_it_stopped(tmp_path):

@@ -369,8 +369,8 @@ class UNet(nn.Module):
         for layer in (self.film, self.head):
             nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
         a = torch.zeros(T) if schedule is None else schedule.alphas_cumprod.float()
-        self.register_buffer("keep", a.sqrt() * variance / (a * variance + 1 - a), persistent=False)
-        self.register_buffer("room", ((1 - a) / (a * variance + 1 - a)).sqrt(), persistent=False)
+        self.register_buffer("keep", a.sqrt() * variance / (a * variance + 1 - a))
+        self.register_buffer("room", ((1 - a) / (a * variance + 1 - a)).sqrt())
         self.to(memory_format=torch.channels_last)
 
     def encode(
