@@ -29,7 +29,7 @@ from .expertness import Expertness, expertness, gauge
 from .fusion import CrossExpertFusion, Fusion, fuse, inside_probability, own_error, unbias
 from .inverse import distance_schedule, draw_times, draw_tokens, image_loss, joint_diffusion_loss, measure_retention, noised, normalise, predict_raters, step_for
 from ..diffusion.denoisers import UNet
-from ..diffusion.samplers import Trajectory, sample
+from ..diffusion.samplers import Trajectory, sample, timestep_grid
 from ..diffusion.training import History, TrainConfig, augment, fit, load_weights, save_weights
 from ..raters.cases import Cohort, draw_like
 from ..raters.distance import signed_distance, to_network
@@ -60,7 +60,8 @@ class CaliDiffConfig:
     edge: str = "tie"  # "off", "tie" or "absolute": the image's edge as a witness: never, where trusted raters contradict each other, or as everybody's frame
     rounds: int = 2  # of the committee: how often its conclusion about the training cases is drawn anew
     momentum: float = 0.5  # share of the old conclusion in the new one (exponential moving average of the pseudo-truth), [0, 1)
-    steps: int = 5  # DDIM steps of normalisation and sampling
+    steps: int = 5  # DDIM steps of normalisation
+    sample_steps: int = 10  # DDIM steps of a sample, spaced more closely towards the end
     draws: int = 2  # noise draws averaged by normalisation
     monitor: bool = True  # measure the monitors after every stage; they change nothing, and cost seconds
     seed: int = 0  # of weights and training
@@ -476,7 +477,7 @@ class CaliDiff(nn.Module):
         images: Float[Tensor, "b c h w"],  # [0, 1]
         n: int = 16,  # samples of each image
         sampler: str = "levels",  # "levels" (level sets of one answer, one call) or "diffusion" (raters, one by one)
-        steps: int | None = None,  # DDIM steps; the config's if None
+        steps: int | None = None,  # DDIM steps of a sample; the config's if None
         generator: torch.Generator | None = None,  # source of the samples
         batch: int = 32,  # images at a time
     ) -> Segmentation:
@@ -489,7 +490,7 @@ class CaliDiff(nn.Module):
         if sampler not in ("diffusion", "levels"):
             raise ValueError(f'sampler must be "diffusion" or "levels"; got {sampler!r}.')
         self.eval()
-        parts = [segment_batch(self, x.to(self.device), n, sampler, steps or self.config.steps, generator) for x in images.split(batch)]
+        parts = [segment_batch(self, x.to(self.device), n, sampler, steps or self.config.sample_steps, generator) for x in images.split(batch)]
         return Segmentation(**{k: torch.cat([p[k] for p in parts]).cpu() for k in parts[0]})
 
     @torch.no_grad()
@@ -747,7 +748,8 @@ def draw_samples(
     ids = who if model.identified else torch.full_like(who, model.net.tokens.null)
     denoise = model.net.denoiser(features, ids.repeat(b)[:, None])
     noise = draw_like(torch.zeros(b * n, k, *size, device=features[0].device), generator)
-    x0 = sample(denoise, model.schedule, start=noise, steps=steps, generator=generator).x0
+    grid = timestep_grid(model.schedule.T, steps, bend=0.5)  # outlines are decided while little noise is left
+    x0 = sample(denoise, model.schedule, start=noise, steps=grid, generator=generator).x0
     marks = torch.rand(b, n, k, generator=generator).to(there) < there[:, who]
     return ((x0.unflatten(0, (b, n)) < 0) & marks[..., None, None]).to(torch.uint8)
 
