@@ -106,6 +106,20 @@ def test_batches_do_not_matter(model):
     assert torch.allclose(a.fused, b.fused, atol=1e-3) and torch.allclose(a.pseudo_truth, b.pseudo_truth, atol=1e-3)
 
 
+def test_a_sample_asks_as_often_as_configured_and_more_often_towards_the_end(model, monkeypatch):
+    asked = []
+    denoise = type(model.net).forward
+    monkeypatch.setattr(type(model.net), "forward", lambda net, x, t, *rest: (asked.append(int(t.max())), denoise(net, x, t, *rest))[1])
+    images = make_cohort("together", 1, seed=3).images
+    for steps in (None, 4):
+        asked.clear()
+        model.segment(images, 2, "diffusion", steps, torch.Generator().manual_seed(0))
+        walk = asked[-(steps or model.config.sample_steps):]
+        jumps = [a - b for a, b in zip(walk, walk[1:])]
+        assert walk[0] == model.config.T - 1 and walk[-1] == 0 and jumps == sorted(jumps, reverse=True)
+        assert len([t for t in asked if t < model.config.T - 1]) == (steps or model.config.sample_steps) - 1
+
+
 def test_slots_that_are_not_persons():
     cohort = make_cohort("balanced", 20, seed=8).shuffle_slots(torch.Generator().manual_seed(0))
     train, valid = cohort.split((0.6, 0.4))
