@@ -209,6 +209,33 @@ def test_covariance_is_split_exactly():
     assert frame_weights(own, torch.tensor([0.0, 0.0, 0.0, 9.0]))[3] < 1e-3
 
 
+def test_one_who_hears_less_of_what_is_hidden_makes_nobody_a_conspirator():
+    own = torch.diag(torch.tensor([0.3, 0.7, 1.3, 9.0]))
+    ears = torch.tensor([[1.4, 1.3, 1.35, 0.3], [1.0, 0.75, 1.05, 0.95]])  # an adversary; one who leaves the doubtful part out
+    shared, found = split_covariance(ears[:, :, None] * ears[:, None] + own)
+    assert torch.allclose(found, own.expand(2, 4, 4), atol=0.1)  # medians find it nearly, not exactly
+    assert torch.allclose(shared, torch.tensor([1.325, 0.975]) ** 2, atol=0.05)
+    pair = own.clone()
+    pair[1, 2] = pair[2, 1] = 0.8
+    assert torch.allclose(split_covariance(1.2 + pair)[1], pair, atol=1e-3)  # and who does conspire is found
+    assert split_covariance(torch.tensor([[[2.0]]]))[0] == 1.0 and split_covariance(torch.tensor([[2.0, 0.5], [0.5, 1.0]]))[0].sub(0.5).abs() < 1e-5
+
+
+def test_where_two_trusted_raters_contradict_each_other_the_frame_lies_between():
+    """Two steady raters, two pixels inside and outside, and nobody else to ask: neither may win by chance."""
+    g, (b, h) = torch.Generator().manual_seed(0), (40, 48)
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(h), indexing="ij")
+    radius = 10 + 3 * torch.rand(b, 1, 1, generator=g)
+    truth = ((y - h / 2) ** 2 + (x - h / 2) ** 2).sqrt() - radius
+    habit = torch.tensor([2.0, -2.0, 0.3, -0.3])
+    Q = (truth[:, None] + habit[:, None, None])[:, :, None]
+    tremble = torch.tensor([0.5, 0.5, 1.6, 1.6])[:, None] * torch.randn(b, 4, 1, generator=g) + torch.randn(b, 1, 1, generator=g)
+    marked, present = torch.ones(b, 4, 1, dtype=torch.bool), torch.ones(b, 4, dtype=torch.bool)
+    who = expertness(Q + tremble[..., None, None], Q, marked, present, generator=g)
+    assert abs(float(who.weights[:, 0] @ habit)) < 0.7 and (who.weights[:2, 0] > 0.2).all()
+    assert any("the frame lies between them" in w for w in who.warnings)
+
+
 def test_fusion_of_independent_raters_is_the_precision_weighted_mean():
     g = torch.Generator().manual_seed(0)
     Z, C = torch.randn(2, 3, 1, 8, 8, generator=g), torch.randn(2, 1, 8, 8, generator=g)

@@ -68,7 +68,7 @@ class Experiment(NamedTuple):
 
 EXPERIMENTS = (      # every question once
     Experiment("E0", "Does a trained network keep the share of a bias that theory says?", "20_inverse, measured beside the exact law"),
-    Experiment("E1", "Must raters see each other while they are denoised?", "rows «without cross_rater»: accuracy and cost; the likelihood of whole tuples is not measured"),
+    Experiment("E1", "Must raters see each other while they are denoised?", "rows «without cross_rater» for accuracy and cost; 26_model for whether a panel drawn together disagrees as a real one does"),
     Experiment("E2", "What does normalisation do to a single rater?", "rows «raters, …» for raters as drawn, unbiased, normalised"),
     Experiment("E3", "Is expertness found?", "21_expertness for its error; here the trust in each rater beside his Dice, and the row «raters equal»"),
     Experiment("E4", "What does alignment add?", "row «raters, aligned» and rows «without align»; its terms one by one in 22_alignment"),
