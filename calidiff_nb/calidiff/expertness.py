@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PIXEL_VARIANCE', 'residual_moments', 'pooled', 'split_covariance', 'shared_by', 'frame_weights', 'Expertness',
            'gauge', 'lapses', 'Frame', 'mean_offset', 'settle', 'expertness', 'regular', 'symmetric_raters',
-           'correlation', 'with_warnings', 'contradiction', 'quarrelling', 'undecided', 'shifted', 'about_place']
+           'correlation', 'with_warnings', 'contradiction', 'quarrelling', 'deadlocked', 'undecided', 'shifted',
+           'about_place']
 
 # %% ../../nbs/calidiff/21_expertness.ipynb #imports
 from dataclasses import dataclass, fields, replace
@@ -238,7 +239,7 @@ def expertness(
         return replace(_in_slots(who, came), lapse=miss, invent=invent)
     frame = settle(S, Q, usable, identified)
     peaks = None if edge is None or not identified else edge.peak.to(S).masked_fill(~edge.clear.to(S.device), torch.nan)
-    torn = torch.tensor([contradiction(frame.own[j], frame.offset[:, j])[0] > 1 for j in range(k)], device=S.device)
+    torn = torch.tensor([deadlocked(frame.own[j], frame.offset[:, j]) for j in range(k)], device=S.device)
     quarrel = torch.zeros_like(torn)
     if peaks is not None:
         quarrel = torch.tensor([absolute or quarrelling(frame.own[j], frame.offset[:, j], peaks[:, j]) for j in range(k)], device=S.device)
@@ -363,9 +364,19 @@ def quarrelling(
     return gap > 1 and not bool(peaks[[a, c]].isnan().any())
 
 
+def deadlocked(
+    own: Float[Tensor, "r r"],  # N, px^2
+    offset: Float[Tensor, "r"],  # px, where each draws
+) -> bool:
+    """Do two trusted raters contradict each other by more than a pixel, each alone, so that no company decides it?"""
+    gap, a, c = contradiction(own, offset)
+    aside = [i for i in range(len(offset)) if i not in (a, c)]
+    return gap > 1 and all(min(abs(float(offset[i] - offset[s])) for s in (a, c)) > gap / 4 for i in aside)
+
+
 def undecided(
     frame: Frame,  # as found
-    torn: Bool[Tensor, "k"],  # structures where trusted raters contradict each other and nothing says who is right
+    torn: Bool[Tensor, "k"],  # structures where two trusted raters are deadlocked and nothing says who is right
 ) -> Frame:  # the same, but nobody's habit counts there
     """Let noise alone decide where habits cannot: the frame then lies between those who contradict each other."""
     fair = frame_weights(frame.own).T.to(frame.weights)
@@ -389,12 +400,13 @@ def about_place(
     """Say where boundaries contradict each other or the image's edge, and what was made of it."""
     gap, a, c = contradiction(found.covariance[..., structure], found.bias[:, structure])
     said, edge = [], None if found.edge is None else found.edge[:, structure]
+    between = ", so the frame lies between them" if deadlocked(found.covariance[..., structure], found.bias[:, structure]) else ""
     if gap > 1:
         text = f"{names[a]} and {names[c]} are about equally consistent with the image but lie {gap:.1f} px apart: masks cannot say which of them is right"
         if edge is None:
-            said.append(text + ", so the frame lies between them.")
+            said.append(text + between + ".")
         elif edge[[a, c]].isnan().any():
-            said.append(text + ", and the image's edge is not one clear peak, so it was not asked and the frame lies between them.")
+            said.append(text + ", and the image's edge is not one clear peak, so it was not asked" + between.replace("so", "and") + ".")
         else:
             sure = lambda i: f"{edge[i]:+.1f} px [{found.edge_low[i, structure]:+.1f}, {found.edge_high[i, structure]:+.1f}]"
             said.append(text + f". The image changes most at {sure(a)} from the boundary of {names[a]} and at {sure(c)} from that of {names[c]}, and the frame lies at {shifted(found.weights[:, [structure]], found.edge[:, [structure]])[0]:+.1f} px: right only if the truth lies where the image changes most.")
