@@ -244,7 +244,7 @@ def expertness(
     if peaks is not None:
         quarrel = torch.tensor([absolute or quarrelling(frame.own[j], frame.offset[:, j], peaks[:, j]) for j in range(k)], device=S.device)
         frame = settle(S, Q, usable, identified, peaks.masked_fill(~quarrel, torch.nan)) if quarrel.any() else frame
-    frame = undecided(frame, torch.zeros_like(torn) if absolute else torn & ~quarrel)
+    frame = undecided(frame, torn & ~quarrel)
     counts = torch.stack([torch.bincount(torch.randint(0, b, (b,), generator=generator), minlength=b) for _ in range(resamples)]).to(frame.moments)
     _, own_draws = split_covariance(symmetric_raters(pooled(frame.moments, frame.valid, counts), identified))
     draws = frame_weights(own_draws, frame.offset.T)  # (n, k, r)
