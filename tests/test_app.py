@@ -163,10 +163,10 @@ def test_a_training_can_be_stopped_and_goes_on(own, tmp_path):
     again = app.job("train").start()
     assert again.wait(300) and again.ok, again.sentence
     steps = [s for s, _ in again.seen.losses]
-    assert steps == sorted(set(steps)) and steps[0] < kept < steps[-1] == 42 and again.share == 1
+    assert steps == sorted(set(steps)) and steps[0] < kept < steps[-1] == 70 and again.share == 1
     assert (results_place(app.state, "model").stem + " (own, trained here)") in [name for name, _ in known_models(app.state)]
     trained = CaliDiff.from_pretrained(str(results_place(app.state, "model")))
-    assert trained.rater_names == ("Ann", "Ben", "Cleo", "Dan") and trained.config.stages == {"joint": 14, "image": 28}
+    assert trained.rater_names == ("Ann", "Ben", "Cleo", "Dan") and trained.config.stages == {"joint": 14, "image": 28, "inference": 28}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="processes are asked in the way of POSIX")

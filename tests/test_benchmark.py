@@ -129,31 +129,68 @@ def test_address_follows_the_default_configuration(monkeypatch):
     assert cell.key() != before
 
 
-@pytest.mark.parametrize("file, old, new, counts", [
-    ("calidiff/fusion.py", "C.abs() < 4", "C.abs() < 5", True),       # what the model imports
-    ("raters/distance.py", "0.5", "0.25", True),                      # what that imports in turn
-    ("calidiff/fusion.py", "Notice a rater who strayed", "See a rater who strayed", False),   # a docstring
-    ("explore/report.py", "return", "return  ", False),               # nothing it depends on
+MODEL, SOFT, WEIGHTED = "calidiff.model:CaliDiff", "compare.baselines:SEGMENTERS[U-Net on soft labels]", "compare.baselines:SEGMENTERS[per-rater heads, weighted]"
+
+
+@pytest.mark.parametrize("start, file, old, new, counts", [
+    (MODEL, "calidiff/fusion.py", "C.abs() < 4", "C.abs() < 5", True),          # what the model imports
+    (MODEL, "raters/distance.py", "0.5", "0.25", True),                         # what that imports in turn
+    (MODEL, "calidiff/fusion.py", "Notice a rater who strayed", "See a rater who strayed", False),   # a docstring
+    (MODEL, "explore/report.py", "return", "return  ", False),                  # nothing it depends on
+    (MODEL, "calidiff/model.py", "T: int = 1000", "T: int = 999", True),        # a default
+    (SOFT, "calidiff/expertness.py", "PIXEL_VARIANCE = 1 / 12", "PIXEL_VARIANCE = 1 / 13", False),   # imported by its module, but not for it
+    (WEIGHTED, "calidiff/expertness.py", "PIXEL_VARIANCE = 1 / 12", "PIXEL_VARIANCE = 1 / 13", True),
+    (SOFT, "calidiff/model.py", "torch.randint(0, len(data)", "torch.randint(1, len(data)", True),   # how it draws its batches
+    (SOFT, "compare/baselines.py", 'VOTES["soft vote"]', 'VOTES["majority (ties fg)"]', True),       # its own line of the list
+    (SOFT, "compare/baselines.py", 'partial(Diffusion, "vote-level', 'partial(Diffusion, "levels of the vote', False),   # somebody else's line
+    (SOFT, "diffusion/training.py", "lr: float = 1e-3", "lr: float = 2e-3", True),
 ])
-def test_address_follows_the_code(tmp_path, file, old, new, counts):
+def test_address_follows_the_code_it_reaches(tmp_path, start, file, old, new, counts):
     copy = shutil.copytree(bench.PACKAGE, tmp_path / "calidiff_nb", ignore=shutil.ignore_patterns("weights", "__pycache__"))
-    before = bench.code_hash(["calidiff.model"], copy)
+    before = bench.code_hash([start], copy)
     text = (copy / file).read_text()
     assert old in text
     (copy / file).write_text(text.replace(old, new))
-    assert (bench.code_hash(["calidiff.model"], copy) != before) == counts
+    assert (bench.code_hash([start], copy) != before) == counts
+
+
+@pytest.mark.parametrize("start, error", [("calidiff.nothing", FileNotFoundError), ("calidiff.model:Nobody", KeyError), ("compare.baselines:SEGMENTERS[nobody]", KeyError)])
+def test_fingerprint_of_what_is_not_there_is_refused(start, error):
+    with pytest.raises(error, match="starts must name"):
+        bench.code_hash([start])
+
+
+def test_fingerprint_follows_every_way_to_import_and_define(tmp_path):
+    root = tmp_path / "pack"
+    (root / "sub").mkdir(parents=True)
+    (root / "sub" / "low.py").write_text("A, B = 1, 2\ntable = {}\ntable['x'] = 3\ndef f(): return g()\ndef g(): return 5\ndef idle(): return 6\n")
+    for head in ("from .low import f", "from . import low", "from ..sub import low", "import pack.sub.low as low", "from pack.sub.low import f as h", "from .low import A as h", "from .low import table as h"):
+        (root / "sub" / "top.py").write_text(f"{head}\ndef use(): return {head.split()[-1]}\n")
+        before = bench.code_hash(["sub.top:use"], root)
+        for old, new in (("return 5", "return 55"), ("A, B = 1", "A, B = 11"), ("= 3", "= 33"), ("return 6", "return 66")):
+            text = (root / "sub" / "low.py").read_text()
+            (root / "sub" / "low.py").write_text(text.replace(old, new))
+            bench._read_code.cache_clear()
+            whole, name = head.split()[-1] == "low", head.split()[-1] if " as " not in head else head.split()[-3]
+            reached = whole or {"5": "f", "1": "A", "3": "table", "6": "idle"}[old[-1]] == name
+            assert (bench.code_hash(["sub.top:use"], root) != before) == reached, (head, old)
+            (root / "sub" / "low.py").write_text(text)
+            bench._read_code.cache_clear()
 
 
 def test_own_code_counts_what_a_job_reaches_and_nothing_else(tmp_path):
-    text = Path(bench.__file__).read_text()
+    copy = shutil.copytree(bench.PACKAGE, tmp_path / "calidiff_nb", ignore=shutil.ignore_patterns("weights", "__pycache__"))
+    file = copy / "compare" / "benchmark.py"
+    text = file.read_text()
 
-    def fingerprint(name, content):
-        (tmp_path / name).write_text(content)
-        return bench._reached(tmp_path / name, "run_job", 0)
+    def fingerprint(old, new):
+        assert old in text
+        file.write_text(text.replace(old, new))
+        return bench.code_hash(["compare.benchmark:run_job"], copy, bench._NOT_FOLLOWED)
 
-    plain = fingerprint("a.py", text)
-    assert fingerprint("b.py", text.replace("Wins, ties and losses against rivals", "Wins")) == plain
-    assert fingerprint("c.py", text.replace("mask = (p >= 0.5)", "mask = (p >= 0.4)")) != plain
+    plain = fingerprint("", "")
+    assert fingerprint("Wins, ties and losses against rivals", "Wins") == plain
+    assert fingerprint("mask = (p >= 0.5)", "mask = (p >= 0.4)") != plain
 
 
 def test_address_follows_somebody_elses_generator(tmp_path, monkeypatch):
@@ -245,7 +282,7 @@ def test_failing_cell_does_not_end_the_grid(tmp_path):
 def test_one_training_serves_many_cells(tmp_path, monkeypatch):
     trainings, trained = [], bench.trained
     monkeypatch.setattr(bench, "trained", lambda *a, **k: (trainings.append(a[0].job), trained(*a, **k))[1])
-    cells = [Cell("together", "calidiff", name, 0, TINY) for name in bench.QUESTIONS] + [Cell("together", "calidiff", "pseudo-truth", 0, TINY, "without fusion")]
+    cells = [Cell("together", "calidiff", name, 0, TINY) for name in bench.QUESTIONS] + [Cell("together", "calidiff", "pseudo-truth", 0, TINY, "with fusion")]
     found, failures = bench.run_cells(cells, tmp_path)
     assert not failures and len(trainings) == 2 and set(found) == set(cells)
     assert not list((tmp_path / "unfinished").glob("*"))

@@ -9,7 +9,9 @@ from calidiff_nb.calidiff.fusion import fuse
 from calidiff_nb.calidiff.inverse import distance_schedule, image_loss, unfold_raters
 from calidiff_nb.calidiff.model import CaliDiff, CaliDiffConfig, gather, judge, pack
 from calidiff_nb.diffusion.training import save_weights
+from calidiff_nb.raters.agreement import soft_vote
 from calidiff_nb.raters.cases import Cohort
+from calidiff_nb.raters.distance import signed_distance
 from calidiff_nb.raters.metrics import dice
 from calidiff_nb.raters.simulate import REGIMES, make_cohort
 
@@ -163,10 +165,43 @@ def test_training_goes_on_where_it_stopped(tmp_path):
 def test_what_the_image_says_is_learnt_by_itself(named):
     cohort = make_cohort("unequal", 24, 32, seed=1)
     train, valid = (cohort if named else cohort.shuffle_slots(torch.Generator().manual_seed(0))).split((0.7, 0.3))
-    model = CaliDiff.for_cohort(train, dataclasses.replace(TINY, image_steps=40, joint_steps=1, committee_steps=0, lr=4e-3))
+    model = CaliDiff.for_cohort(train, dataclasses.replace(TINY, image_steps=80, joint_steps=1, committee_steps=0, lr=4e-3))
     history = model.fit(train, valid, progress=False)
     losses = history["image"].values["loss"]
-    assert len(losses) == 40 and sum(losses[-8:]) < 0.7 * sum(losses[:8]) and list(history) == ["monitors", "joint", "image"]
+    assert len(losses) == 40 and sum(losses[-8:]) < 0.7 * sum(losses[:8]) and list(history) == ["monitors", "joint", "image", "inference"]
+
+
+def test_the_consensus_is_taught_what_was_concluded_and_nobody_else_is():
+    cohort = make_cohort("together", 4, 32, seed=0)
+    net, schedule = CaliDiff.for_cohort(cohort, TINY).net, distance_schedule()
+    g = torch.Generator().manual_seed(0)
+    for p in net.parameters():  # an untrained network answers one half everywhere, whatever it should say
+        p.data += 0.05 * torch.randn(p.shape, generator=g)
+    ask = lambda tokens, said=None: image_loss(net, cohort.images, cohort.masks, cohort.present, torch.tensor(tokens), schedule, concluded=said)
+    elsewhere = torch.full((4, 1, 32, 32), 8.0), torch.zeros(4, 1, 32, 32), torch.zeros(4, 1)  # nothing anywhere
+    others, agreed = [0, 1, 2, net.tokens.null], [net.tokens.consensus] * 4
+    for name, part in ask(others, elsewhere).items():
+        assert torch.equal(part, ask(others)[name]), name
+    told = ask(agreed, elsewhere)
+    assert told["distance"] == 0 and not torch.isclose(told["inside"], ask(agreed)["inside"])  # where nothing is there, there is no distance to learn
+    average = soft_vote(cohort.masks, cohort.present)
+    S = signed_distance(cohort.masks, 8.0).mean(1)
+    same = ask(agreed, (S, average, torch.ones(4, 1)))
+    for name, part in same.items():
+        assert torch.isclose(part, ask(agreed)[name], atol=1e-6), name  # the panel's average, said aloud
+
+
+def test_stage_three_teaches_the_consensus_alone():
+    cohort = make_cohort("together", 12, 32, seed=2)
+    train, valid = cohort.split((0.6, 0.4))
+    seen = []
+    model = CaliDiff.for_cohort(train, dataclasses.replace(TINY, image_steps=4, monitor=False))
+    history = model.fit(train, valid, progress=False, on_stage=lambda h: seen.append(list(h)[-1]))
+    assert seen == ["image", "committee 1", "committee 2", "inference"]  # after the image, expertness is measured for the first time
+    assert [len(history[n].values["loss"]) for n in ("image", "inference")] == [2, 2]
+    odd = dataclasses.replace(TINY, image_steps=5)
+    assert (odd.stages["image"], odd.stages["inference"]) == (3, 2) and "inference" not in dataclasses.replace(TINY, image_steps=1).stages
+    assert dataclasses.replace(TINY, joint_steps=7).stages["image"] == dataclasses.replace(TINY, joint_steps=7).stages["inference"] == 14
 
 
 def test_nobody_is_asked_about_an_image_he_has_not_seen():
@@ -177,9 +212,9 @@ def test_nobody_is_asked_about_an_image_he_has_not_seen():
         image_loss(net, cohort.images, cohort.masks, present, torch.tensor([1, 1]), distance_schedule())
 
 
-@pytest.mark.parametrize("off", ["normalise", "align", "fusion", "consensus", "adversary", "cross_rater"])
-def test_each_part_is_a_switch(off):
-    model = trained("balanced", dataclasses.replace(TINY, **{off: False}), n=16)
+@pytest.mark.parametrize("part", ["normalise", "align", "fusion", "consensus", "adversary", "cross_rater"])
+def test_each_part_is_a_switch(part):
+    model = trained("balanced", dataclasses.replace(TINY, **{part: not getattr(TINY, part)}), n=16)
     assert torch.isfinite(model.calibrate(make_cohort("balanced", 2, seed=3)).pseudo_truth).all()
 
 

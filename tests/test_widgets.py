@@ -437,10 +437,10 @@ def trained():
 
 def test_a_training_is_watched_live(trained):
     board, histories, told = trained
-    assert [after for after, _, _ in told] == [1, 2, 3] == list(range(1, board.span()[1] + 1))
-    assert len({png for _, png, _ in told}) == 3 and "After 2 stages" in told[1][2]
+    assert [after for after, _, _ in told] == [1, 2, 3, 4] == list(range(1, board.span()[1] + 1))
+    assert len({png for _, png, _ in told}) == 4 and "After 2 stages" in told[1][2]
     assert board.numbers == {name: values[-1] for name, values in histories["monitors"].values.items()}
-    assert board._controls["after"].max == 3 and not board._controls["after"].disabled
+    assert board._controls["after"].max == 4 and not board._controls["after"].disabled
 
 
 def test_a_board_looks_back(trained):
@@ -454,7 +454,7 @@ def test_a_board_looks_back(trained):
     assert board.state.after == 1 and "After 1 stage" in board._words.value
     board._controls["show"].value = "losses"
     assert board.state.show == "losses" and "were not measured" not in board._words.value
-    assert board.set(after=99, show="everything").state.after == 3
+    assert board.set(after=99, show="everything").state.after == 4
 
 
 def test_a_board_keeps_what_it_was_told(trained):
@@ -485,6 +485,6 @@ def test_a_board_of_a_training_without_signs():
 def test_the_twin_of_a_board(trained, monkeypatch):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     page = trained[0].to_html()
-    assert page.count("image/webp") == 3 and "://" not in page and len(page) < 300_000
+    assert page.count("image/webp") == 4 and "://" not in page and len(page) < 300_000
     parts = [X.TrainingBoard.__dict__.get(name) for name in ("controls", "tune")]
     assert sum(len(inspect.getsource(part).splitlines()) for part in parts) <= 60

@@ -178,8 +178,9 @@ def image_loss(
     schedule: NoiseSchedule,  # how fast distances are forgotten
     reach: float = 8.0,  # px; distances are truncated there
     seed: int = 0,  # of the noise, as in `predict_raters`
+    concluded: tuple[Float[Tensor, "b k h w"], Float[Tensor, "b k h w"], Float[Tensor, "b k"]] | None = None,  # what the consensus should say: distance px, P(inside), P(anything); None: the panel's average
 ) -> dict[str, Float[Tensor, ""]]:  # "loss" and its parts, as in `joint_diffusion_loss`
-    """What one speaker an image should say at full noise; unnamed speakers answer with the panel's average.
+    """What one speaker an image should say at full noise; null answers with the panel's average, the consensus with what was concluded.
 
     Raises: ValueError if a rater is asked about an image he has not annotated.
     """
@@ -193,10 +194,14 @@ def image_loss(
     marked = masks.bool().flatten(3).any(-1) & heard[..., None]  # (b, r, k)
     share = marked.sum(1) / heard.sum(1, keepdim=True)  # (b, k)
     mean = lambda x, who: (x * who[..., None, None]).sum(1) / who.sum(1).clamp(min=1)[..., None, None]  # over raters
-    error = (said - mean(signed_distance(masks, reach), marked)).square().flatten(2).mean(-1)  # (b, k)
+    distance, inside = mean(signed_distance(masks, reach), marked), mean(masks.to(logit.dtype), heard[..., None])
+    if concluded is not None:
+        own = tokens == model.tokens.consensus
+        distance, inside, share = (torch.where(own.view(-1, *[1] * (x.ndim - 1)), c, x) for c, x in zip(concluded, (distance, inside, share)))
+    error = (said - distance).square().flatten(2).mean(-1)  # (b, k)
     parts = {
         "distance": (error * (share > 0)).sum() / (share > 0).sum().clamp(min=1),
-        "inside": F.binary_cross_entropy_with_logits(logit, mean(masks.to(logit.dtype), heard[..., None])),
+        "inside": F.binary_cross_entropy_with_logits(logit, inside),
         "presence": F.binary_cross_entropy_with_logits(there, share),
     }
     return {"loss": 0.5 * parts["distance"] + 4 * parts["inside"] + 0.5 * parts["presence"], **parts}

@@ -46,15 +46,15 @@ class CaliDiffConfig:
     cross_rater: bool = True  # raters look at each other while they are denoised (joint model); False: each alone
     blind: float = 0.25  # share of training slots that are not told who is speaking
     joint_steps: int = 400  # stage 1: shared-parameter inverse diffusion
-    image_steps: int | None = None  # end of stage 1: what the image alone says, in cheap steps of one call an image; None: twice joint_steps
+    image_steps: int | None = None  # what the image alone says, in cheap steps of one call an image: half before the committee meets, half after; None: four times joint_steps
     committee_steps: int = 200  # stages 2 and 3: alignment, fusion, consensus, adversary
     batch: int = 12  # images a step
     lr: float = 2e-3  # peak learning rate of stage 1; the committee learns at a quarter of it
     normalise: bool = True  # shared inverse diffusion of the annotations in `calibrate`; False: only habits are removed
     align: bool = True  # Expertness Consistent Alignment, in training and in `calibrate`
-    fusion: bool = True  # attention fusion; False: generalised least squares alone
+    fusion: bool = False  # attention on top of generalised least squares; off, for it was never worth its training (31_benchmark)
     consensus: bool = True  # Implicit Consensus Inference distilled from the pseudo-truth; False: weighted raters
-    adversary: bool = True  # soft adversarial supervision of the consensus
+    adversary: bool = False  # soft adversarial supervision of the consensus; off, for it changed no number (31_benchmark)
     adversary_weight: float = 0.05  # of the committee's adversarial loss
     align_strength: float = 3.0  # pull of alignment against fidelity
     edge: str = "tie"  # "off", "tie" or "absolute": the image's edge as a witness: never, where trusted raters contradict each other, or as everybody's frame
@@ -76,9 +76,9 @@ class CaliDiffConfig:
     @property
     def stages(self) -> dict[str, int]:  # name -> steps, in the order of training; none that has no steps
         """What `fit` will go through."""
-        image = 2 * self.joint_steps if self.image_steps is None else self.image_steps
+        image = 4 * self.joint_steps if self.image_steps is None else self.image_steps
         committee = {f"committee {n + 1}": self.committee_steps // self.rounds for n in range(self.rounds)}
-        return {name: steps for name, steps in ({"joint": self.joint_steps, "image": image} | committee).items() if steps}
+        return {name: steps for name, steps in ({"joint": self.joint_steps, "image": image - image // 2, "inference": image // 2} | committee).items() if steps}
 
 # %% ../../nbs/calidiff/26_model.ipynb #export-results
 @dataclass(frozen=True, eq=False)
@@ -183,17 +183,20 @@ def draw_batch(
 def image_step(
     data: Cohort,  # training cases, all with somebody present
     config: CaliDiffConfig,  # what is switched on
+    conclusions: tuple[Float[Tensor, "n k h w"], Float[Tensor, "n k"], Float[Tensor, "n k"]] | None = None,  # fused distance px, sd px, presence; None: the committee has not met
 ) -> Callable[["CaliDiff", int, torch.Generator], dict[str, Tensor]]:  # loss of one step, for `fit`
-    """End of stage 1: one speaker an image, asked at full noise; unnamed speakers answer with the panel's average."""
+    """One speaker an image, asked at full noise; null answers with the panel's average, the consensus with the committee's conclusion if there is one."""
 
     def step(model: "CaliDiff", number: int, generator: torch.Generator) -> dict[str, Tensor]:
-        images, masks, present, _, _ = draw_batch(data, (), config.batch, generator, model.device)
+        images, masks, present, fused, i = draw_batch(data, conclusions[:1] if conclusions else (), config.batch, generator, model.device)
         null, agreed = model.net.tokens.null, model.net.tokens.consensus if config.consensus else model.net.tokens.null
         asked = torch.multinomial(present.float().cpu(), 1, generator=generator)[:, 0].to(present.device)  # somebody who is present
         drawn = torch.rand(len(images), generator=generator).to(present.device)
         unnamed = torch.where(drawn < (config.blind if model.identified else 0.5), null, agreed)
         tokens = torch.where(drawn < 2 * config.blind, unnamed, asked) if model.identified else unnamed
-        return image_loss(model.net, images, masks, present, tokens, model.schedule, config.reach, config.seed)
+        sd, there = (x[i].to(images) for x in conclusions[1:]) if conclusions else (None, None)
+        said = (fused[0], pseudo_truth(fused[0], sd, there), there) if conclusions else None
+        return image_loss(model.net, images, masks, present, tokens, model.schedule, config.reach, config.seed, said)
 
     return step
 
@@ -392,7 +395,7 @@ class CaliDiff(nn.Module):
         checkpoint: str | Path | None = None,  # folder for resumable checkpoints; None keeps none
         progress: bool = True,  # show a bar with the time left
         on_stage: Callable[[dict[str, History]], None] | None = None,  # told the histories after every stage, to draw a dashboard
-    ) -> dict[str, History]:  # "joint", "image", "committee 1" ... step by step, each if it has steps, and "monitors" stage by stage
+    ) -> dict[str, History]:  # "joint", "image", "inference", "committee 1" ... step by step, each if it has steps, and "monitors" stage by stage
         """Train all stages; an interrupted training with a `checkpoint` folder goes on where it stopped."""
         check_fits(self, train)
         check_fits(self, valid)
@@ -405,6 +408,11 @@ class CaliDiff(nn.Module):
                 out[name] = fit(self, step, TrainConfig(steps=c.stages[name], lr=c.lr, seed=c.seed), where and where / f"{name}.pt", progress=progress, shared=shared)
         self.watch(valid, out, on_stage)
         memory = None
+        if "inference" in c.stages:
+            memory = conclude(self, train)
+            plan = TrainConfig(steps=c.stages["inference"], lr=c.lr, seed=c.seed + 1 + c.rounds)
+            out["inference"] = fit(self, image_step(train, c, memory if c.consensus else None), plan, where and where / "inference.pt", progress=progress, shared=shared)
+            self.watch(valid, out, on_stage)
         for n, name in enumerate(s for s in c.stages if s.startswith("committee")):
             memory = remember(memory, conclude(self, train), c.momentum)
             plan = TrainConfig(steps=c.stages[name], lr=c.lr / 4, seed=c.seed + 1 + n)
@@ -775,9 +783,11 @@ def monitors(
     out = {
         "collapse": float(variance(aligned) / variance(drawn).clamp(min=1e-9)), "spread": float(spread(aligned) / spread(drawn).clamp(min=1e-9)),
         "outside": float((truth & ~union).sum() / truth.sum().clamp(min=1)), "empty drawn": float((few.masks.flatten(3).sum(-1) == 0)[here].float().mean()),
-        "empty concluded": float((~truth.flatten(2).any(-1)).float().mean()), "gap": grade(drawn[:, best]) - grade(soften(found.fused)),
+        "empty concluded": float((~truth.flatten(2).any(-1)).float().mean()),
         "drift": 0.0 if before is None else float((model.expertness.weights - before.weights).abs().max()),
     }
+    if model.config.adversary:
+        out["gap"] = grade(drawn[:, best]) - grade(soften(found.fused))
     if model.identified and model.raters > 1 and len(few) > 7:
         out |= {"recognised drawn": recognised(few.images, drawn, few.present), "recognised normalised": recognised(few.images, soften(found.normalised), few.present)}
     return out
