@@ -191,13 +191,13 @@ def test_the_consensus_is_taught_what_was_concluded_and_nobody_else_is():
         assert torch.isclose(part, ask(agreed)[name], atol=1e-6), name  # the panel's average, said aloud
 
 
-def test_stage_three_teaches_the_consensus_alone():
+def test_the_consensus_is_taught_once_the_committee_has_concluded():
     cohort = make_cohort("together", 12, 32, seed=2)
     train, valid = cohort.split((0.6, 0.4))
     seen = []
     model = CaliDiff.for_cohort(train, dataclasses.replace(TINY, image_steps=4, monitor=False))
     history = model.fit(train, valid, progress=False, on_stage=lambda h: seen.append(list(h)[-1]))
-    assert seen == ["image", "committee 1", "committee 2", "inference"]  # after the image, expertness is measured for the first time
+    assert seen == ["image", "inference", "committee 1", "committee 2"]  # after the image, expertness is measured for the first time
     assert [len(history[n].values["loss"]) for n in ("image", "inference")] == [2, 2]
     odd = dataclasses.replace(TINY, image_steps=5)
     assert (odd.stages["image"], odd.stages["inference"]) == (3, 2) and "inference" not in dataclasses.replace(TINY, image_steps=1).stages

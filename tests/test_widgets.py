@@ -448,7 +448,7 @@ def test_a_board_looks_back(trained):
     early = X.until(board.histories, X.TrainingState(1))
     assert set(early) == {"image", "joint", "monitors"} and all(len(v) == 1 for v in early["monitors"].values.values())
     assert early["joint"].values["loss"] == histories["joint"].values["loss"]
-    assert set(X.until(board.histories, X.TrainingState(2, "losses"))) == {"image", "joint", "committee 1"}
+    assert set(X.until(board.histories, X.TrainingState(2, "losses"))) == {"image", "joint", "inference"}
     assert set(X.until(board.histories, X.TrainingState(2, "signs"))) == {"monitors"}
     board._controls["after"].value = 1
     assert board.state.after == 1 and "After 1 stage" in board._words.value

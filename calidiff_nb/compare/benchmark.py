@@ -1309,7 +1309,7 @@ def _panel_of(data: str, draw: Callable[..., Cohort], size: int) -> tuple[tuple[
     peek = draw(2, size, 0)
     return peek.rater_names, peek.truth_prob is not None
 
-_TOUCHED = ("pseudo-truth", "raters, aligned", "consensus", "raters' samples, diffusion")   # rows that an ablation may move
+_TOUCHED = ("pseudo-truth", "raters, aligned", "consensus", "raters' samples, level sets", "raters' samples, diffusion")   # rows that an ablation may move
 
 # %% ../../nbs/compare/31_benchmark.ipynb #export-benchmark
 def benchmark(
