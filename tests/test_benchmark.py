@@ -531,3 +531,20 @@ def test_kept_tables_hold_the_rows_of_their_preset(name):
     with open(Path(__file__).parents[1] / "nbs" / "compare" / "measured" / name / "table.csv", newline="") as f:
         kept = {(r["data"], r["method"]) for r in csv.DictReader(f)}
     assert {(c.data, c.label) for c in bench.cells_of(bench.PRESETS[name])} <= kept
+
+
+def test_a_switched_part_is_held_against_the_same_method_whole():
+    at = lambda method, variant="": Cell("together", "calidiff", method, 0, TINY, variant)
+    outcome = lambda value: bench.Outcome({"ged": torch.full((6,), value)}, tuple("abcdef"))
+    found = {at("raters' samples, level sets"): outcome(0.1), at("raters' samples, diffusion"): outcome(0.2), at("raters' samples, diffusion", "without align"): outcome(0.25)}
+    rows = {r.label: r for r in bench.rows_of(found, "together", n=50)}
+    assert rows["raters' samples, diffusion"].difference.mean == pytest.approx(-0.1, abs=1e-6)                  # ours are level sets
+    assert rows["raters' samples, diffusion, without align"].difference.mean == pytest.approx(-0.05, abs=1e-6)  # and this is what alignment is worth to the walk
+    assert rows["raters' samples, level sets"].kind == "ours" and rows["raters' samples, level sets"].difference is None
+
+
+def test_a_rival_answers_from_the_image_alone_twice():
+    cell = Cell("together", "U-Net on soft labels", "U-Net on soft labels", 0, TINY)
+    found = {cell: bench.Outcome({"dice": torch.ones(3), "ged": torch.zeros(3)}, tuple("abc"))}
+    first, second = bench.rows_of(found, "together", n=50)
+    assert (first.block, set(first.numbers)) == (bench.IMAGE, {"dice"}) and (second.block, set(second.numbers)) == (bench.DRAWN, {"ged"})

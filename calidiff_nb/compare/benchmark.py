@@ -971,7 +971,7 @@ class Row:
     kind: str                              # "ours", "part" (ours, changed), "rival", or "ceiling" (nobody could have it without the truth)
     label: str                             # the method, and what was changed
     numbers: dict[str, Estimate]           # measure -> what was found
-    difference: Estimate | None            # ours minus this, of the measure that decides the block; None: ours itself, or not comparable
+    difference: Estimate | None            # ours (or, where a part is switched, the same method whole) minus this, of the measure that decides; None: ours itself, or not comparable
     verdict: str                           # "wins", "loses", "even" or "": what that interval allows
     training: float                        # s, mean over seeds
     answering: float                       # s a case, mean over seeds
@@ -1004,7 +1004,8 @@ def rows_of(
     labels = dict.fromkeys((block, kind_of(c), c.label) for c, o in there.items() for block in blocks_of(c, o))
     known = any("dice" in o.values for o in there.values())
     ours = {block: (of_row(found, data, name), measure) for block, (name, measure) in (OURS if known else ON_READERS).items()}
-    rows = [_row(found, data, block, kind, label, *ours.get(block, ({}, "")), n) for block, kind, label in labels]
+    whole = lambda block, label: next((of_row(found, data, label.removesuffix(f", {v}")) for v in ABLATIONS if label.endswith(f", {v}")), ours.get(block, ({},))[0])
+    rows = [_row(found, data, block, kind, label, whole(block, label), ours.get(block, ("", ""))[1], n) for block, kind, label in labels]
     return sorted(rows, key=lambda r: (list(OURS).index(r.block), ("ours", "part", "rival", "ceiling").index(r.kind)))
 
 def _row(found: Found, data: str, block: str, kind: str, label: str, ours: dict[int, Outcome], decides: str, n: int) -> Row:
@@ -1309,7 +1310,7 @@ def _panel_of(data: str, draw: Callable[..., Cohort], size: int) -> tuple[tuple[
     peek = draw(2, size, 0)
     return peek.rater_names, peek.truth_prob is not None
 
-_TOUCHED = ("pseudo-truth", "raters, aligned", "consensus", "raters' samples, level sets", "raters' samples, diffusion")   # rows that an ablation may move
+_TOUCHED = ("pseudo-truth", "raters, aligned", "consensus", "raters' samples, diffusion")   # rows that an ablation may move
 
 # %% ../../nbs/compare/31_benchmark.ipynb #export-benchmark
 def benchmark(
