@@ -140,7 +140,7 @@ def move_drawing(seen: Seen) -> None:
 
 def move_training(seen: Seen) -> None:
     """The board redraws while the cell below it trains; then one looks back, by picture, slider and list."""
-    seen.page.wait_for_function("box => box.querySelector('[role=status]').textContent.includes('After 3 stages')", arg=seen.box.element_handle())
+    seen.page.wait_for_function("box => box.querySelector('[role=status]').textContent.includes('After 4 stages')", arg=seen.box.element_handle())
     seen.changes(lambda: seen.box.locator(".calidiff-screen").press("Home"))
     assert "No stage is finished yet" in seen.now()[1]
     seen.changes(lambda: seen.box.locator(".noUi-handle").first.press("ArrowRight"))
