@@ -46,7 +46,7 @@ class CaliDiffConfig:
     cross_rater: bool = True  # raters look at each other while they are denoised (joint model); False: each alone
     blind: float = 0.25  # share of training slots that are not told who is speaking
     joint_steps: int = 400  # stage 1: shared-parameter inverse diffusion
-    image_steps: int | None = None  # what the image alone says, in cheap steps of one call an image: half before the committee meets, half after; None: four times joint_steps
+    image_steps: int | None = None  # what the image alone says, in cheap steps of one call an image: half before the committee's first conclusion, half after it; None: four times joint_steps
     committee_steps: int = 200  # stages 2 and 3: alignment, fusion, consensus, adversary
     batch: int = 12  # images a step
     lr: float = 2e-3  # peak learning rate of stage 1; the committee learns at a quarter of it

@@ -298,7 +298,7 @@ class TrainJob:
     data: Path | None = None              # folder with a cohort of your own; without it the preset's
     size: int | None = None               # px per side of your own cohort; without it the layout's usual crop, or the largest picture
     joint_steps: int | None = None        # steps of stage 1; without it the preset's
-    image_steps: int | None = None        # steps of what the image alone says, half before the committee meets and half after; without it four times --joint_steps, or without those the preset's
+    image_steps: int | None = None        # steps of what the image alone says, half before the committee's first conclusion and half after it; without it four times --joint_steps, or without those the preset's
     committee_steps: int | None = None    # steps of stages 2 and 3; without it the preset's
     out: Path = Path("model.safetensors") # the file to write
     checkpoint: Path | None = None        # folder for resumable checkpoints; without it none are kept
