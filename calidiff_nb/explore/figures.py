@@ -1128,7 +1128,7 @@ def _loss_panel(ax, look: Theme, name: str, history: History) -> None:
     ax.tick_params(labelsize=7.5)
     ax.set_xlabel("training step", fontsize=7.5)
     ax.set_ylabel("loss", fontsize=7.5)
-    ax.set_title(f"Loss of the stage “{name}”" + (f"\n{history.stopped}" if history.stopped else ""), fontsize=7.5, loc="left", color=look.ink)
+    ax.set_title(f"Loss of “{name}”" + (f"\n{history.stopped}" if history.stopped else ""), fontsize=7.5, loc="left", color=look.ink)
 
 def _health_sentence(signs: Sequence[Sign], seen: Mapping[str, Sequence[float]], raters: int | None, stages: Sequence[str]) -> str:
     if not signs and stages: return "The signs were not measured; the losses alone say little about a committee."
