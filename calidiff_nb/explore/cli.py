@@ -383,7 +383,7 @@ def segment(
 @dataclass(frozen=True)
 class BenchmarkJob:
     """Compare the method with everything a researcher would use instead, where the truth is known and on real annotations."""
-    preset: Literal["quick", "parts", "known-truth", "real", "ci"] = "quick"   # how much
+    preset: Literal["quick", "parts", "known-truth", "real", "real-quick", "ci"] = "quick"   # how much
     seeds: int | None = None              # how many trainings; without it the preset's
     data: tuple[str, ...] = ()            # other regimes, folders with cohorts, or module:function that draws one
     out: Path = Path("benchmark")         # folder for report.md, table.csv, cases.csv, report.json
