@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -531,6 +532,21 @@ def test_kept_tables_hold_the_rows_of_their_preset(name):
     with open(Path(__file__).parents[1] / "nbs" / "compare" / "measured" / name / "table.csv", newline="") as f:
         kept = {(r["data"], r["method"]) for r in csv.DictReader(f)}
     assert {(c.data, c.label) for c in bench.cells_of(bench.PRESETS[name])} <= kept
+
+
+def test_kept_rivals_can_be_found_again(tmp_path):
+    """The archive of rivals' outcomes has the addresses of today's code and is what the kept table was made of."""
+    kept = Path(__file__).parents[1] / "nbs" / "compare" / "measured" / "known-truth"
+    with tarfile.open(kept / "rivals.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    rivals = [c for c in bench.cells_of(bench.PRESETS["known-truth"]) if c.maker in bench.SEGMENTERS]
+    keys = bench.keys_of(rivals)
+    assert {p.stem for p in tmp_path.iterdir()} == set(keys.values()), "a rival has changed: measure known-truth again, or remove the archive and its lines in 31_benchmark"
+    with open(kept / "table.csv", newline="") as f:
+        table = {(r["data"], r["method"]): float(r["mean"]) for r in csv.DictReader(f) if r["measure"] == "dice"}
+    for data in ("together", "seven"):
+        found = [bench.read_outcome(tmp_path / f"{keys[c]}.safetensors").values["dice"].mean() for c in rivals if c.data == data and c.maker == "U-Net on soft labels"]
+        assert len(found) == 5 and float(torch.stack(found).mean()) == pytest.approx(table[data, "U-Net on soft labels"], abs=1e-6)
 
 
 def test_a_switched_part_is_held_against_the_same_method_whole():

@@ -199,7 +199,7 @@ def _read_code(path: Path, root: Path, changed: int) -> _Code:
         if isinstance(value := getattr(node, "value", None), ast.Dict):
             pieces += [(f"{names[-1]}[{k.value}]", v) for k, v in zip(value.keys, value.values) if isinstance(k, ast.Constant)]
         for name, piece in pieces:
-            found.text[name] = found.text.get(name, "") + ast.dump(piece)
+            found.text[name] = found.text.get(name, "") + _dumped(piece)
             found.uses.setdefault(name, []).extend(n.id for n in ast.walk(piece) if isinstance(n, ast.Name))
     return found
 
@@ -217,6 +217,12 @@ def _imported(tree: ast.Module, path: Path, root: Path) -> Iterator[tuple[str, t
         elif isinstance(node, ast.Import):
             for a in node.names:
                 if there(module := a.name.removeprefix(f"{root.name}.")) and a.name != module: yield (a.asname or root.name), (module, "*")
+
+def _dumped(node: Any) -> str:
+    """Write a piece of code down the same way under every version of Python: `ast.dump` fills in what newer ones have added."""
+    if isinstance(node, list): return f"[{', '.join(map(_dumped, node))}]"
+    if not isinstance(node, ast.AST): return repr(node)
+    return f"{type(node).__name__}({', '.join(f'{k}={_dumped(v)}' for k, v in ast.iter_fields(node) if v not in (None, []))})"
 
 def _bare(
     tree: ast.Module,                      # a parsed module
