@@ -987,6 +987,8 @@ def test_pieces_are_joined(tmp_path):
         save_cohort([c, replace(c, rater_names=("u", "v", "w"))], tmp_path / "e.npz")
     with pytest.raises(ValueError, match="no case to save"):
         save_cohort([], tmp_path / "e.npz")
+    with pytest.raises(ValueError, match="path must end in .npz; got study"):  # nobody could read it again
+        save_cohort(c, tmp_path / "study")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.npz", "d.npz"]
     with pytest.raises(ValueError, match="batch must be"):
         next(iter_cohorts(tmp_path / "c.npz", batch=0))

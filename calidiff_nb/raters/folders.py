@@ -1265,9 +1265,11 @@ def save_cohort(
 ) -> None:
     """Write a cohort into one compact file, piece by piece: masks as bits, images as bytes where that loses nothing, else in 16 bits.
 
-    Raises: ValueError if pieces do not go together. The file appears whole or not at all.
+    Raises: ValueError if pieces do not go together or the file is not called .npz. The file appears whole or not at all.
     """
     path = Path(path)
+    if path.suffix.lower() != ".npz":  # load_cohort knows a file by its ending
+        raise ValueError(f"path must end in .npz; got {path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     pieces = (cohort.subset(range(i, min(i + 512, len(cohort)))) for i in range(0, len(cohort), 512)) if isinstance(cohort, Cohort) else cohort
