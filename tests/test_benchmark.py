@@ -23,7 +23,7 @@ from calidiff_nb.raters.cases import Cohort
 from calidiff_nb.raters.metrics import bootstrap_ci
 from calidiff_nb.raters.simulate import make_cohort
 
-TINY = Scale(train=24, valid=16, test=12, size=32, samples=4, config=(("widths", (8, 16, 16)), ("joint_steps", 3), ("committee_steps", 2), ("batch", 2)))
+TINY = Scale(train=24, valid=16, test=12, size=32, samples=4, config=(("widths", (8, 16, 16)), ("joint_steps", 3), ("image_steps", 4), ("batch", 2)))
 HERE = "test_benchmark"
 
 
@@ -120,6 +120,13 @@ def test_address_follows_the_configuration():
     keys = [c.key() for c in (cell, *others)]
     assert len(set(keys)) == len(keys) and cell.key() == Cell("together", "calidiff", "pseudo-truth", 0, TINY).key()
     assert bench.keys_of([cell])[cell] == cell.key()
+
+
+def test_a_rival_knows_its_budget_only():
+    cell = Cell("together", "U-Net on soft labels", "U-Net on soft labels", 0, TINY)
+    same = dataclasses.replace(TINY, config=(("widths", (8, 16, 16)), ("joint_steps", 2), ("image_steps", 5), ("batch", 2), ("align", False)))
+    longer = dataclasses.replace(TINY, config=(*TINY.config[:1], ("joint_steps", 4), *TINY.config[2:]))
+    assert dataclasses.replace(cell, scale=same).key() == cell.key() != dataclasses.replace(cell, scale=longer).key()
 
 
 def test_address_follows_the_default_configuration(monkeypatch):

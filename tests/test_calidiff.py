@@ -191,6 +191,12 @@ def test_the_consensus_is_taught_what_was_concluded_and_nobody_else_is():
         assert torch.isclose(part, ask(agreed)[name], atol=1e-6), name  # the panel's average, said aloud
 
 
+def test_the_committee_trains_only_where_something_must_be_taught():
+    steps = lambda **changes: sum(n for name, n in CaliDiffConfig(joint_steps=40, **changes).stages.items() if name.startswith("committee"))
+    assert steps() == steps(committee_steps=0, fusion=True) == 0
+    assert steps(fusion=True) == steps(adversary=True) == 20 and steps(committee_steps=6) == 6
+
+
 def test_the_consensus_is_taught_once_the_committee_has_concluded():
     cohort = make_cohort("together", 12, 32, seed=2)
     train, valid = cohort.split((0.6, 0.4))

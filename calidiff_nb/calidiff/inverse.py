@@ -204,7 +204,7 @@ def image_loss(
         "inside": F.binary_cross_entropy_with_logits(logit, inside),
         "presence": F.binary_cross_entropy_with_logits(there, share),
     }
-    return {"loss": 0.5 * parts["distance"] + 4 * parts["inside"] + 0.5 * parts["presence"], **parts}
+    return {"loss": 0.1 * parts["distance"] + 4 * parts["inside"] + 0.5 * parts["presence"], **parts}
 
 # %% ../../nbs/calidiff/20_inverse.ipynb #export-retention
 def retention(

@@ -46,8 +46,8 @@ class CaliDiffConfig:
     cross_rater: bool = True  # raters look at each other while they are denoised (joint model); False: each alone
     blind: float = 0.25  # share of training slots that are not told who is speaking
     joint_steps: int = 400  # stage 1: shared-parameter inverse diffusion
-    image_steps: int | None = None  # what the image alone says, in cheap steps of one call an image: half before the committee's first conclusion, half after it; None: four times joint_steps
-    committee_steps: int = 200  # stages 2 and 3: alignment, fusion, consensus, adversary
+    image_steps: int | None = None  # what the image alone says, in cheap steps of one call an image: half before the committee's conclusion, half after it; None: four times joint_steps
+    committee_steps: int | None = None  # joint training of alignment, consensus, attention and critic; None: half of joint_steps where attention or critic are switched on, else none, for it was never worth its steps (31_benchmark)
     batch: int = 12  # images a step
     lr: float = 2e-3  # peak learning rate of stage 1; the committee learns at a quarter of it
     normalise: bool = True  # shared inverse diffusion of the annotations in `calibrate`; False: only habits are removed
@@ -77,7 +77,8 @@ class CaliDiffConfig:
     def stages(self) -> dict[str, int]:  # name -> steps, in the order of training; none that has no steps
         """What `fit` will go through."""
         image = 4 * self.joint_steps if self.image_steps is None else self.image_steps
-        committee = {f"committee {n + 1}": self.committee_steps // self.rounds for n in range(self.rounds)}
+        met = (self.joint_steps // 2 if self.fusion or self.adversary else 0) if self.committee_steps is None else self.committee_steps
+        committee = {f"committee {n + 1}": met // self.rounds for n in range(self.rounds)}
         return {name: steps for name, steps in ({"joint": self.joint_steps, "image": image - image // 2, "inference": image // 2} | committee).items() if steps}
 
 # %% ../../nbs/calidiff/26_model.ipynb #export-results

@@ -141,9 +141,11 @@ class Cell:
         return dataclasses.replace(self, method="")._under(code_of(self.maker, self.data))
 
     def _under(self, code: str) -> str:    # an address under a known fingerprint of code
-        settings = {"changes": ABLATIONS.get(self.variant, {}), "default": dataclasses.asdict(CaliDiffConfig())} if self.maker == "calidiff" else {}
-        settings |= {"budget": dataclasses.asdict(self.scale.budget(self.seed))} if self.maker in SEGMENTERS else {}
-        text = json.dumps({**dataclasses.asdict(self), **settings, "code": code}, sort_keys=True)
+        about = dataclasses.asdict(self)
+        if self.maker == "calidiff": about |= {"changes": ABLATIONS.get(self.variant, {}), "default": dataclasses.asdict(CaliDiffConfig())}
+        else: del about["scale"]["config"]     # a rival knows its budget only, and a vote not even that
+        if self.maker in SEGMENTERS: about |= {"budget": dataclasses.asdict(self.scale.budget(self.seed))}
+        text = json.dumps({**about, "code": code}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 def keys_of(
@@ -674,7 +676,8 @@ def work_of(
     _, maker, variant, seed, scale = job[0].job
     if maker == "": return 1
     c = scale.settings(seed, variant)
-    steps, masks = ((c.stages.get("image", 0) + c.stages.get("inference", 0)) / 2 + c.joint_steps + 2 * c.committee_steps, 5) if maker == "calidiff" else (sum(c.stages.values()), 4 if "diffusion" in maker or "heads" in maker else 1)
+    each = {"joint": 1, "image": 0.5, "inference": 0.5}        # a step of the committee costs two of the joint stage
+    steps, masks = (sum(n * each.get(name, 2) for name, n in c.stages.items()), 5) if maker == "calidiff" else (sum(c.stages.values()), 4 if "diffusion" in maker or "heads" in maker else 1)
     return 1 + round(steps * c.batch * (1 + masks) * (scale.size / 64) ** 2 * sum(c.widths) / 192 / 1000)
 
 def attempt(
@@ -1269,7 +1272,7 @@ class Preset:
     ablations: dict[str, tuple[str, ...]] = field(default_factory=dict)   # name in ABLATIONS -> where; (): everywhere
     bars: tuple[Bar, ...] = BARS           # what must be reached
 
-_SMALL = Scale(400, 100, 60, 48, 16, (("widths", (16, 32, 48)), ("joint_steps", 80), ("committee_steps", 48), ("batch", 8), ("lr", 4e-3)))
+_SMALL = Scale(400, 100, 60, 48, 16, (("widths", (16, 32, 48)), ("joint_steps", 80), ("image_steps", 368), ("batch", 8), ("lr", 4e-3)))
 _WHOLE = {name: () if name in ("truth U-Net", "U-Net on majority", "U-Net on soft labels") else (*ACCEPTED, "ambiguous") for name in SEGMENTERS}
 _ON_READERS = {name: () for name in SEGMENTERS if name != "truth U-Net"}
 _CI_BARS = (                               # margins far from what was seen, so that only a defect fails
@@ -1284,10 +1287,10 @@ PRESETS: dict[str, Preset] = {p.name: p for p in (  # name -> how much is compar
            bars=tuple(b for b in BARS if b.method.startswith("pseudo-truth") and b.measure in ("dice", "brier"))),
     Preset("parts", "a quarter of an hour on two cores: what each part is worth, switched in turn", ACCEPTED, 3, _SMALL, ablations={name: () for name in ABLATIONS}, bars=()),
     Preset("known-truth", "hours on two cores: every regime, every rival, each part switched in turn", tuple(REGIMES), 5, _SMALL, _WHOLE, {name: ACCEPTED for name in ABLATIONS}),
-    Preset("real", "radiologists: a hidden reader, and samples against all of them", ("lidc",), 3, Scale(0, 0, 400, 64, 16, (("joint_steps", 270), ("committee_steps", 100))), _ON_READERS),
+    Preset("real", "radiologists: a hidden reader, and samples against all of them", ("lidc",), 3, Scale(0, 0, 400, 64, 16, (("joint_steps", 270), ("image_steps", 1180))), _ON_READERS),
     Preset("real-quick", "the same with small networks and at most 200 cases for the numbers: for --data of your own, of any size", ("lidc",), 1, dataclasses.replace(_SMALL, train=0, valid=0, test=200, size=64), _ON_READERS),
     Preset("ci", "a small alarm: the ordering, with margins", ("together",), 1,
-           Scale(160, 60, 40, 48, 8, (("widths", (16, 32, 48)), ("joint_steps", 55), ("committee_steps", 20), ("batch", 6), ("lr", 4e-3))), bars=_CI_BARS),
+           Scale(160, 60, 40, 48, 8, (("widths", (16, 32, 48)), ("joint_steps", 55), ("image_steps", 240), ("batch", 6), ("lr", 4e-3))), bars=_CI_BARS),
 )}
 
 def cells_of(

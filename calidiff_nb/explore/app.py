@@ -63,7 +63,7 @@ class AppState:
     model: str = "lidc-rendered-64"   # weights in the package, or a file
     images: Path | None = None        # images that nobody has annotated
     joint_steps: int = 400            # of a training, stage 1; beside them four times as many, cheap ones, of what the image says
-    committee_steps: int = 200        # of a training, stages 2 and 3
+    committee_steps: int = 0          # of a training, stages 2 and 3
     samples: int = 16                 # of each image to segment
     step: str = "Open"                # which part of the page is shown
 
