@@ -6,12 +6,12 @@ import torch
 
 from calidiff_nb.calidiff.expertness import expertness, frame_weights, split_covariance
 from calidiff_nb.calidiff.fusion import fuse
-from calidiff_nb.calidiff.inverse import distance_schedule, image_loss, unfold_raters
+from calidiff_nb.calidiff.inverse import distance_schedule, image_loss, joint_diffusion_loss, noised, unfold_raters
 from calidiff_nb.calidiff.model import CaliDiff, CaliDiffConfig, gather, judge, pack
 from calidiff_nb.diffusion.training import save_weights
 from calidiff_nb.raters.agreement import soft_vote
 from calidiff_nb.raters.cases import Cohort
-from calidiff_nb.raters.distance import signed_distance
+from calidiff_nb.raters.distance import signed_distance, to_network
 from calidiff_nb.raters.metrics import dice
 from calidiff_nb.raters.simulate import REGIMES, make_cohort
 
@@ -130,6 +130,53 @@ def test_slots_that_are_not_persons():
     found = model.calibrate(valid)
     assert torch.allclose(found.expertness.weights, torch.full((4, 1), 0.25))
     assert model.segment(valid.images, n=3, sampler="levels").per_rater.shape[1] == 0
+
+
+def test_votes_in_order_are_asked_where_nobody_has_a_name(model, tmp_path):
+    cohort = make_cohort("balanced", 20, 32, seed=8)
+    parts = {}
+    for what, data, weight in (("named", cohort, 2.0), ("unnamed", cohort.shuffle_slots(torch.Generator().manual_seed(0)), 2.0), ("not asked", cohort.shuffle_slots(torch.Generator().manual_seed(0)), 0.0)):
+        train, valid = data.split((0.6, 0.4))
+        net = CaliDiff.for_cohort(train, dataclasses.replace(TINY, levels=weight, committee_steps=0))
+        parts[what] = set(net.fit(train, valid, progress=False)["image"].values)
+        levels = what == "unnamed"
+        assert net.told_levels == levels and net.walk_reach == (0.5 if levels else 8.0)
+        assert torch.equal(net.walk.alphas_cumprod, distance_schedule(signal=0.25 if levels else 1.0).alphas_cumprod)
+        asked = []
+        forward = net.net.forward
+        net.net.forward = lambda x, t, features, tokens, present=None, asked=asked, forward=forward: asked.append(tokens) or forward(x, t, features, tokens, present)
+        net.segment(cohort.images[:2], 8, "diffusion", 2, torch.Generator().manual_seed(0))
+        ids = set(asked[-1].flatten().tolist())
+        assert ids == ({4} if what == "not asked" else {0, 1, 2, 3})
+        net.trajectory(cohort.images[0], steps=2)
+        assert asked[-1].item() == (1 if levels else 4)
+    assert parts["named"] == parts["not asked"] and parts["unnamed"] == parts["named"] | {"levels"}
+    net.save(tmp_path / "now.safetensors")
+    assert CaliDiff.load(tmp_path / "now.safetensors").config.levels == 0
+    tensors, facts = pack(model)
+    del facts["config"]["levels"]  # as saved before votes were asked
+    save_weights(tensors, tmp_path / "old.safetensors", facts)
+    assert CaliDiff.load(tmp_path / "old.safetensors").config.levels == 0
+    with pytest.raises(ValueError, match="train must have 4 slots, as many as this model was built for; got 3"):
+        net.fit(*[c.without_rater(0) for c in (train, valid)], progress=False)
+    with pytest.raises(ValueError, match="levels must be a weight of 0 or more; got -1"):
+        CaliDiffConfig(levels=-1)
+
+
+def test_one_loss_for_distances_and_masks():
+    cohort = make_cohort("balanced", 3, 32, seed=8)
+    net = CaliDiff.for_cohort(cohort, TINY).net
+    for p in net.parameters():
+        p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    t, ids = torch.full((3, 4), 400), torch.arange(4).expand(3, 4)
+    for reach in (8.0, 0.5):
+        S = signed_distance(cohort.masks, reach)
+        u_t = noised(to_network(S, reach), t, distance_schedule(), torch.Generator().manual_seed(1))
+        said = net(u_t, t, net.encode(cohort.images), ids).distance
+        by_hand = 32 * (said - S / reach).square().mean()
+        parts = joint_diffusion_loss(net, cohort.images, cohort.masks, cohort.present, ids, t, distance_schedule(), reach, torch.Generator().manual_seed(1))
+        rest = 4 * parts["inside"] + 0.5 * parts["presence"]
+        assert torch.isclose(parts["loss"] - rest, by_hand, rtol=1e-4) and torch.isclose(parts["distance"] * 32 / reach**2, by_hand, rtol=1e-4)
 
 
 def test_saved_is_the_same(model, tmp_path):

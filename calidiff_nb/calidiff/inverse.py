@@ -115,7 +115,7 @@ def joint_diffusion_loss(
         "inside": (inside * here).sum() / here.sum(),
         "presence": (presence * here).sum() / here.sum(),
     }
-    return {"loss": 0.5 * parts["distance"] + 4 * parts["inside"] + 0.5 * parts["presence"], **parts}
+    return {"loss": 32 * parts["distance"] / reach**2 + 4 * parts["inside"] + 0.5 * parts["presence"], **parts}
 
 
 def alone_or_together(

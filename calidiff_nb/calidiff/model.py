@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from .. import __version__
 from .adversary import RaterClassifier, ReliabilityCritic, committee_loss, critic_loss, entropy, presence_odds, pseudo_truth, soft_targets, soften
 from .alignment import align, alignment_loss, ambiguity_loss, confidence, fidelity_loss
-from .consensus import consensus_targets, level_sets
+from .consensus import consensus_targets, level_sets, vote_levels
 from .edge import edge_witness
 from .expertness import Expertness, expertness, gauge
 from .fusion import CrossExpertFusion, Fusion, fuse, inside_probability, own_error, unbias
 from .inverse import distance_schedule, draw_times, draw_tokens, image_loss, joint_diffusion_loss, measure_retention, noised, normalise, predict_raters, step_for
 from ..diffusion.denoisers import UNet
 from ..diffusion.samplers import Trajectory, sample, timestep_grid
+from ..diffusion.schedules import NoiseSchedule
 from ..diffusion.training import History, TrainConfig, augment, fit, load_weights, save_weights
 from ..raters.cases import Cohort, draw_like
 from ..raters.distance import signed_distance, to_network
@@ -47,6 +48,7 @@ class CaliDiffConfig:
     blind: float = 0.25  # share of training slots that are not told who is speaking
     joint_steps: int = 400  # stage 1: shared-parameter inverse diffusion
     image_steps: int | None = None  # what the image alone says, in cheap steps of one call an image: half before the committee's conclusion, half after it; None: four times joint_steps
+    levels: float = 2.0  # weight of vote levels asked under noise beside the image alone, where slots are nobody in particular; 0 asks none
     committee_steps: int | None = None  # joint training of alignment, consensus, attention and critic; None: half of joint_steps where attention or critic are switched on, else none, for it was never worth its steps (31_benchmark)
     batch: int = 12  # images a step
     lr: float = 2e-3  # peak learning rate of stage 1; the committee learns at a quarter of it
@@ -67,9 +69,11 @@ class CaliDiffConfig:
     seed: int = 0  # of weights and training
 
     def __post_init__(self) -> None:
-        """Refuse a witness there is none of, and committees that never meet."""
+        """Refuse a witness there is none of, negative weights, and committees that never meet."""
         if self.edge not in ("off", "tie", "absolute"):
             raise ValueError(f'edge must be "off", "tie" or "absolute"; got {self.edge!r}.')
+        if self.levels < 0:
+            raise ValueError(f"levels must be a weight of 0 or more; got {self.levels}.")
         if self.rounds < 1 or not 0 <= self.momentum < 1:
             raise ValueError(f"rounds must be at least 1 and momentum in [0, 1); got {self.rounds} and {self.momentum}.")
 
@@ -186,7 +190,10 @@ def image_step(
     config: CaliDiffConfig,  # what is switched on
     conclusions: tuple[Float[Tensor, "n k h w"], Float[Tensor, "n k"], Float[Tensor, "n k"]] | None = None,  # fused distance px, sd px, presence; None: the committee has not met
 ) -> Callable[["CaliDiff", int, torch.Generator], dict[str, Tensor]]:  # loss of one step, for `fit`
-    """One speaker an image, asked at full noise; null answers with the panel's average, the consensus with the committee's conclusion if there is one."""
+    """One speaker an image, asked at full noise; null answers with the panel's average, the consensus with the committee's conclusion if there is one.
+
+    Where slots are nobody in particular, the votes in order are asked under noise as well, as masks.
+    """
 
     def step(model: "CaliDiff", number: int, generator: torch.Generator) -> dict[str, Tensor]:
         images, masks, present, fused, i = draw_batch(data, conclusions[:1] if conclusions else (), config.batch, generator, model.device)
@@ -197,7 +204,14 @@ def image_step(
         tokens = torch.where(drawn < 2 * config.blind, unnamed, asked) if model.identified else unnamed
         sd, there = (x[i].to(images) for x in conclusions[1:]) if conclusions else (None, None)
         said = (fused[0], pseudo_truth(fused[0], sd, there), there) if conclusions else None
-        return image_loss(model.net, images, masks, present, tokens, model.schedule, config.reach, config.seed, said)
+        parts = image_loss(model.net, images, masks, present, tokens, model.schedule, config.reach, config.seed, said)
+        if not model.told_levels:
+            return parts
+        votes, here = vote_levels(masks, present)
+        t = torch.randint(0, config.T, tuple(here.shape), generator=generator).to(here.device)
+        slots = torch.arange(here.shape[1], device=here.device).expand(here.shape)
+        noisy = joint_diffusion_loss(model.net, images, votes, here, slots, t, model.walk, model.walk_reach, generator, alone=True)["loss"]
+        return parts | {"levels": noisy, "loss": parts["loss"] + config.levels * noisy}
 
     return step
 
@@ -378,6 +392,21 @@ class CaliDiff(nn.Module):
         return bool(self.rater_names)
 
     @property
+    def told_levels(self) -> bool:
+        """True if slots are votes in order, not persons: slot j is what at least j + 1 of them mark."""
+        return not self.identified and self.config.levels > 0
+
+    @property
+    def walk(self) -> NoiseSchedule:
+        """The schedule samples are walked back on: of masks at a quarter of their scale where slots are votes in order, else of distances."""
+        return distance_schedule(self.config.T, 0.25) if self.told_levels else self.schedule
+
+    @property
+    def walk_reach(self) -> float:
+        """Distances on that walk are truncated there, px; at half a pixel they are masks."""
+        return 0.5 if self.told_levels else self.config.reach
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters live."""
         return next(self.parameters()).device
@@ -400,6 +429,8 @@ class CaliDiff(nn.Module):
         """Train all stages; an interrupted training with a `checkpoint` folder goes on where it stopped."""
         check_fits(self, train)
         check_fits(self, valid)
+        if train.n_raters != self.raters:
+            raise ValueError(f"train must have {self.raters} slots, as many as this model was built for; got {train.n_raters}.")
         train, valid = annotated(train), annotated(valid)
         c, where = self.config, None if checkpoint is None else Path(checkpoint)
         shared = (self.net.encoder, self.net)  # what several processes share out
@@ -506,16 +537,17 @@ class CaliDiff(nn.Module):
     def trajectory(
         self,
         image: Float[Tensor, "c h w"],  # [0, 1]
-        rater: int | None = None,  # whom to imitate; the rater-blind panel if None
+        rater: int | None = None,  # whom to imitate; if None the rater-blind panel, or, where slots are votes in order, half of the votes
         steps: int = 10,  # DDIM steps
         generator: torch.Generator | None = None,  # source of the noise
     ) -> Trajectory:  # states and predictions in network units
         """Walk one sample back from noise and keep every step, to look at."""
         self.eval()
-        token = torch.tensor([[self.net.tokens.null if rater is None else rater]], device=self.device)
+        anybody = (self.raters - 1) // 2 if self.told_levels else self.net.tokens.null
+        token = torch.tensor([[anybody if rater is None else rater]], device=self.device)
         denoise = self.net.denoiser(self.net.encode(image[None].to(self.device)), token)
         shape = (1, len(self.structure_names), *image.shape[-2:])
-        return sample(denoise, self.schedule, shape, steps=steps, generator=generator, keep=True)
+        return sample(denoise, self.walk, shape, steps=steps, generator=generator, keep=True)
 
     def save(
         self,
@@ -728,7 +760,7 @@ def segment_batch(
 ) -> dict[str, Tensor]:  # the fields of `Segmentation`
     """Segment a few images."""
     size, features = tuple(images.shape[-2:]), model.net.encode(images)
-    Q, logit, there = expected(model, features, size, model.raters if model.identified else 1, model.identified)
+    Q, logit, _ = expected(model, features, size, model.raters if model.identified else 1, model.identified)
     if model.config.consensus:
         distance, probability = consensus_distance(model, features, size)
     else:
@@ -737,7 +769,7 @@ def segment_batch(
     if sampler == "levels":
         samples = level_sets(logit.sigmoid().mean(1), n)
     else:
-        samples = draw_samples(model, features, size, n, steps, there.sigmoid(), generator)
+        samples = draw_samples(model, features, size, n, steps, generator)
     per_rater = logit.sigmoid() if model.identified else logit[:, :0]
     return {"consensus": probability, "consensus_distance": distance, "per_rater": per_rater, "samples": samples, "uncertainty": entropy(probability)}
 
@@ -748,18 +780,18 @@ def draw_samples(
     size: tuple[int, int],  # height and width
     n: int,  # samples of each image
     steps: int,  # DDIM steps
-    there: Float[Tensor, "b r k"],  # probability that each rater marks anything
     generator: torch.Generator | None,  # source of the samples
 ) -> UInt8[Tensor, "b n k h w"]:
     """Draw annotations as the panel would make them: first whether anything is marked, then its shape."""
     b, k = len(features[0]), len(model.structure_names)
-    who = (torch.arange(n) % there.shape[1]).to(features[0].device)  # every rater in turn
-    ids = who if model.identified else torch.full_like(who, model.net.tokens.null)
+    turn = (torch.arange(n) % model.raters).to(features[0].device)  # every rater, or every level of votes, in turn
+    ids = turn if model.identified or model.told_levels else torch.full_like(turn, model.net.tokens.null)
     denoise = model.net.denoiser(features, ids.repeat(b)[:, None])
     noise = draw_like(torch.zeros(b * n, k, *size, device=features[0].device), generator)
-    grid = timestep_grid(model.schedule.T, steps, bend=0.5)  # outlines are decided while little noise is left
-    x0 = sample(denoise, model.schedule, start=noise, steps=grid, generator=generator).x0
-    marks = torch.rand(b, n, k, generator=generator).to(there) < there[:, who]
+    grid = timestep_grid(model.walk.T, steps, bend=0.5)  # outlines are decided while little noise is left
+    x0 = sample(denoise, model.walk, start=noise, steps=grid, generator=generator).x0
+    there = model.net.presence(features, ids.expand(b, -1)).sigmoid()
+    marks = torch.rand(b, n, k, generator=generator).to(there) < there
     return ((x0.unflatten(0, (b, n)) < 0) & marks[..., None, None]).to(torch.uint8)
 
 # %% ../../nbs/calidiff/26_model.ipynb #export-monitors
@@ -840,7 +872,7 @@ def unpack(
 ) -> CaliDiff:
     """Build a model from what `pack` made. Raises: ValueError if something is missing."""
     try:
-        fields = {n: tuple(v) if isinstance(v, list) else v for n, v in facts["config"].items()}
+        fields = {"levels": 0.0} | {n: tuple(v) if isinstance(v, list) else v for n, v in facts["config"].items()}  # a file that does not speak of levels was taught none
         model = cls(CaliDiffConfig(**fields), tuple(facts["rater_names"]), tuple(facts["structure_names"]), facts["channels"], facts["raters"])
         model.load_state_dict({n.removeprefix("weights."): t for n, t in tensors.items() if n.startswith("weights.")})
     except (KeyError, TypeError, RuntimeError) as e:

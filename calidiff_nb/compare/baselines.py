@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VOTES', 'SEGMENTERS', 'Budget', 'Prediction', 'Segmenter', 'simpleitk_staple', 'crowd_kit_em', 'backbone', 'learn',
            'ask', 'in_pieces', 'OneCall', 'known_truth', 'RaterHeads', 'seen_through', 'ConfusionNet', 'LatentNet',
-           'divergence', 'ProbUNet', 'as_drawn', 'vote_levels', 'Diffusion', 'CategoricalDiffusion', 'why_not']
+           'divergence', 'ProbUNet', 'as_drawn', 'Diffusion', 'CategoricalDiffusion', 'why_not']
 
 # %% ../../nbs/compare/30_baselines.ipynb #imports
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..calidiff.consensus import level_sets
+from ..calidiff.consensus import level_sets, vote_levels
 from ..calidiff.expertness import Expertness, expertness, gauge
 from ..calidiff.fusion import inside_probability
 from ..calidiff.inverse import distance_schedule, noised, predict_raters
@@ -539,20 +539,6 @@ def as_drawn(
 ) -> tuple[UInt8[Tensor, "b r k h w"], Bool[Tensor, "b r"]]:
     """The annotations themselves."""
     return masks, present
-
-
-def vote_levels(
-    masks: UInt8[Tensor, "b r k h w"],  # {0, 1}
-    present: Bool[Tensor, "b r"],  # who annotated
-) -> tuple[UInt8[Tensor, "b r k h w"], Bool[Tensor, "b r"]]:
-    """Level j = pixels marked by at least (j+1)/R of those present: from the union to the intersection.
-
-    Source: the level targets of Annotator-Consensus; shares instead of counts, so that absent raters change nothing.
-    """
-    r = masks.shape[1]
-    votes = (masks * present[:, :, None, None, None]).sum(1, dtype=torch.int32)[:, None] * r  # (b, 1, k, h, w)
-    needed = (torch.arange(r, device=masks.device) + 1) * present.sum(1)[:, None]  # (b, r)
-    return (votes >= needed[..., None, None, None]).to(torch.uint8), present.any(1, keepdim=True).expand_as(present)
 
 # %% ../../nbs/compare/30_baselines.ipynb #export-diffusion
 class Diffusion:

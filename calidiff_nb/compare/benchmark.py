@@ -1287,7 +1287,7 @@ PRESETS: dict[str, Preset] = {p.name: p for p in (  # name -> how much is compar
            bars=tuple(b for b in BARS if b.method.startswith("pseudo-truth") and b.measure in ("dice", "brier"))),
     Preset("parts", "a quarter of an hour on two cores: what each part is worth, switched in turn", ACCEPTED, 3, _SMALL, ablations={name: () for name in ABLATIONS}, bars=()),
     Preset("known-truth", "hours on two cores: every regime, every rival, each part switched in turn", tuple(REGIMES), 5, _SMALL, _WHOLE, {name: ACCEPTED for name in ABLATIONS}),
-    Preset("real", "radiologists: a hidden reader, and samples against all of them", ("lidc",), 3, Scale(0, 0, 400, 64, 16, (("joint_steps", 270), ("image_steps", 1180))), _ON_READERS),
+    Preset("real", "radiologists: a hidden reader, and samples against all of them", ("lidc",), 3, Scale(0, 0, 400, 64, 16, (("joint_steps", 100), ("image_steps", 1350))), _ON_READERS),
     Preset("real-quick", "the same with small networks and at most 200 cases for the numbers: for --data of your own, of any size", ("lidc",), 1, dataclasses.replace(_SMALL, train=0, valid=0, test=200, size=64), _ON_READERS),
     Preset("ci", "a small alarm: the ordering, with margins", ("together",), 1,
            Scale(160, 60, 40, 48, 8, (("widths", (16, 32, 48)), ("joint_steps", 55), ("image_steps", 240), ("batch", 6), ("lr", 4e-3))), bars=_CI_BARS),

@@ -380,8 +380,8 @@ def walk_section(
     labels = [f"t = {int(step)}" for step in t]
     frames = [show_step(states[i], beliefs[i], image, states[i + 1] if i + 1 < len(t) else None, labels[i], theme="dark").without_words().png(96)
               for i in range(len(t))]
-    body = text_html("A sample begins as pure noise and is denoised in a few steps; the network looks at the scan at every one of them. What is denoised is a signed "
-                     "distance: negative inside, positive outside, zero on the outline.")
+    body = text_html("A sample begins as pure noise and is denoised in a few steps; the network looks at the scan at every one of them. What is denoised is "
+                     "negative inside, positive outside, zero on the outline: a signed distance, or the mask itself where readers have no names.")
     body += picture_html(show_trajectory(states, beliefs, t, image))
     body += player_html(frames, labels, "Denoising player", "Move the slider, press Play, or use the arrow keys.", theme="dark")
     return Section("denoising", "From noise to an outline", body)
