@@ -505,12 +505,33 @@ def test_real_annotations(tmp_path):
     (lambda: bench.benchmark("ci", seeds=0), "seeds must be at least 1"),
     (lambda: bench.cells_of(bench.PRESETS["ci"], data=("nosuch",)), "data must be a regime"),
     (lambda: bench.cells_of(bench.PRESETS["ci"], data=("nosuch:draw",)), "no such function"),
+    (lambda: bench.longer("quick", 0), "times must be above 0; got 0"),
+    (lambda: bench.longer("quick", 2, ("U-Net on truth",)), "rivals must be among .*; got 'U-Net on truth'"),
     (lambda: TINY.settings(0, "without everything"), "variant must be one of"),
     (lambda: bench.against_truth(dataclasses.replace(make_cohort("together", 2, 32), truth=None), torch.zeros(2, 1, 32, 32)), "known truth"),
 ])
 def test_wrong_input_is_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_longer_gives_everybody_the_same_share_more():
+    real = bench.longer("real", 4, ("vote-level diffusion",))
+    a, b = bench.PRESETS["real"].scale, real.scale
+    assert b.settings(0).stages == {n: 4 * v for n, v in a.settings(0).stages.items()} and b.budget(0).steps == 4 * a.budget(0).steps
+    assert dataclasses.replace(b, config=()) == dataclasses.replace(a, config=()) and real.name == "real, 4 times the steps" and real.bars == bench.BARS
+    unset = Preset("p", "", ("together",), 1, Scale(config=(("joint_steps", 10), ("committee_steps", 6))))  # image steps follow the joint ones
+    assert sum(bench.longer(unset, 0.5).scale.settings(0).stages.values()) == 5 + 20 + 2 and bench.longer(unset, 1) == unset
+    known = bench.longer("known-truth", 1, ("truth U-Net",))
+    assert {c.maker for c in bench.cells_of(known, 1)} == {"", "calidiff", "truth U-Net"} and not any(c.variant for c in bench.cells_of(known, 1))
+    assert {c for c in bench.cells_of(known, 1) if c.maker != "truth U-Net"} < set(bench.cells_of(bench.PRESETS["known-truth"], 1))  # what is kept is found again
+
+
+@pytest.mark.parametrize("data, words", [(("together",), "12 for the numbers, 32 px. Int"), (("own.npz",), "images as large as they come. Int"), (("lidc", "own.npz"), "32 px where images are drawn here. Int")])
+def test_headline_tells_steps_and_no_size_it_does_not_know(data, words):
+    found = {Cell(d, "", "soft vote", 0, TINY): Outcome({}, ()) for d in data}
+    text = bench.headline(BenchmarkReport("tiny", found, (), ()))
+    assert "24 cases to learn from in 7 steps of 2" in text and words in text
 
 
 # --- the ordering --------------------------------------------------------------------------------------------------------------------------

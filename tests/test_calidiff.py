@@ -7,7 +7,7 @@ import torch
 from calidiff_nb.calidiff.expertness import expertness, frame_weights, split_covariance
 from calidiff_nb.calidiff.fusion import fuse
 from calidiff_nb.calidiff.inverse import distance_schedule, image_loss, joint_diffusion_loss, noised, unfold_raters
-from calidiff_nb.calidiff.model import CaliDiff, CaliDiffConfig, gather, judge, pack
+from calidiff_nb.calidiff.model import CaliDiff, CaliDiffConfig, gather, judge, pack, spread_evenly
 from calidiff_nb.diffusion.training import save_weights
 from calidiff_nb.raters.agreement import soft_vote
 from calidiff_nb.raters.cases import Cohort
@@ -335,6 +335,47 @@ def test_fusion_of_independent_raters_is_the_precision_weighted_mean():
     assert torch.allclose(f.distance, (alone * p.sum() + C * u / 3) / (p.sum() + u / 3), atol=1e-5)
     agreed = fuse(C[:, None].expand_as(Z), C, torch.ones(2, 3, 1, dtype=torch.bool), torch.diag(own)[..., None], shared)
     assert torch.allclose(agreed.belief, torch.ones_like(C)) and torch.allclose(agreed.sd, (p.sum() + 1 / 3).rsqrt().expand(2, 1))
+
+
+def test_an_image_that_sees_nothing_is_no_witness_where_somebody_marked():
+    y, x = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij")
+    small = ((y - 12).hypot(x - 12) - 3).expand(3, 2, 2, 24, 24)  # three cases, two raters, two structures
+    C = torch.stack([small[0, 0] + 3.4, small[0, 0] + 1.0, small[0, 0] + 3.4])  # encloses nothing, something, nothing
+    usable = torch.ones(3, 2, 2, dtype=torch.bool)
+    usable[2, :, 1] = False  # and in the last case nobody marked the second structure
+    f = fuse(small, C, usable, torch.eye(2)[..., None].expand(2, 2, 2) * 4, torch.ones(2))
+    assert torch.allclose(f.distance[0], small[0, 0], atol=1e-5) and torch.allclose(f.sd[0], torch.tensor(2.0).sqrt())  # the raters alone, as sure as two of variance 4 are
+    assert (f.distance[1, :, 12, 12] > small[1, 0, :, 12, 12] + 0.2).all()  # who sees something smaller is heard
+    assert torch.allclose(f.distance[2, 0], small[2, 0, 0], atol=1e-5) and torch.allclose(f.distance[2, 1], C[2, 1], atol=1e-5)  # structure by structure; with nobody else the image speaks
+    assert torch.allclose(f.shares.sum(1), torch.ones(3, 2, 24, 24))
+
+
+@pytest.mark.parametrize("n, slots", [(16, 4), (7, 3), (2, 4), (9, 1)])
+def test_presence_is_spread_evenly_and_every_sample_is_uniform(n, slots):
+    u = spread_evenly(3000, n, 2, slots, torch.Generator().manual_seed(0))
+    assert u.shape == (3000, n, 2) and u.min() >= 0 and u.max() < 1
+    for i in range(n):  # Kolmogorov-Smirnov by hand: one sample in 3000 images
+        one = u[:, i, 0].sort().values
+        assert (one - (torch.arange(3000) + 0.5) / 3000).abs().max() < 1.95 / 3000**0.5
+    for p in (0.15, 0.5, 0.8):
+        for r in range(min(slots, n)):
+            m = len(range(r, n, slots))
+            assert set((u[:, r::slots] < p).sum(1).flatten().tolist()) <= {int(m * p), int(m * p) + 1}
+    assert not torch.equal(u[..., 0], u[..., 1])  # structures are drawn apart
+
+
+def test_stage_one_is_practised_again_lest_the_walk_be_unlearnt():
+    train, valid = make_cohort("balanced", 20, 32, seed=8).split((0.6, 0.4))
+    histories = {}
+    for every in (0, 3):
+        plan = dataclasses.replace(TINY, revisit=every, image_steps=16, committee_steps=0)
+        histories[every] = CaliDiff.for_cohort(train, plan).fit(train, valid, progress=False)
+    assert "revisited" not in histories[0]["image"].values
+    for stage in ("image", "inference"):
+        again = torch.tensor(histories[3][stage].values["revisited"])
+        assert (~again.isnan()).nonzero().flatten().tolist() == [2, 5] and len(histories[3][stage].values["loss"]) == len(histories[0][stage].values["loss"]) == 8
+    with pytest.raises(ValueError, match="revisit must be a number of steps, or 0 for never; got -1"):
+        CaliDiffConfig(revisit=-1)
 
 
 def test_two_colluding_raters_count_for_little_more_than_one():

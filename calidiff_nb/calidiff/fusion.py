@@ -67,8 +67,8 @@ def fuse(
     """Generalised least squares of the raters and the image, equation (23.2).
 
     Rater errors have covariance N, stretched by `scale`; the image is one more expert with variance V0 and errors
-    of its own, believed less where all raters together contradict it (23.3). An absent rater weighs nothing, exactly
-    as if he were not in the panel.
+    of its own, believed less where all raters together contradict it (23.3), and not at all where it sees nothing and
+    a rater does (23.4). An absent rater weighs nothing, exactly as if he were not in the panel.
 
     Source: Aitken 1935 for the estimator; its use here is our reading.
     """
@@ -83,6 +83,8 @@ def fuse(
     mine = votes[..., :-1].sum(-1).clamp(min=1e-9)  # what the raters know without the image
     alone = torch.einsum("bkr,brkhw->bkhw", votes[..., :-1].to(Z.dtype), Z * usable[..., None, None]) / mine[..., None, None].to(Z.dtype)
     belief = torch.exp(-(alone - C).square() / (2 * (1 / mine + shared.double())[..., None, None]).to(Z.dtype))
+    saw = (C < 0).flatten(2).any(-1) | ~usable.any(1)  # with nobody else to ask, the image alone speaks
+    belief = belief * saw[..., None, None]
     part = belief / (belief + (mine * shared.double())[..., None, None].to(Z.dtype))  # the image's share at each pixel
     distance = alone + (C - alone) * part
     near = (distance.abs() < 4).to(Z.dtype)

@@ -6,8 +6,8 @@
 __all__ = ['CaliDiffConfig', 'Calibration', 'Segmentation', 'Judged', 'expected', 'judge', 'habits', 'draw_batch', 'image_step',
            'joint_step', 'committee_step', 'consensus_part', 'align_part', 'fusion_part', 'attend', 'CaliDiff',
            'check_fits', 'annotated', 'gather', 'judged', 'conclude', 'remember', 'presence_prior', 'judge_strangers',
-           'flat', 'calibrate_batch', 'leave_out', 'consensus_distance', 'segment_batch', 'draw_samples', 'monitors',
-           'recognised', 'pack', 'unpack']
+           'flat', 'calibrate_batch', 'leave_out', 'consensus_distance', 'segment_batch', 'draw_samples',
+           'spread_evenly', 'monitors', 'recognised', 'pack', 'unpack']
 
 # %% ../../nbs/calidiff/26_model.ipynb #imports
 import dataclasses
@@ -48,6 +48,7 @@ class CaliDiffConfig:
     blind: float = 0.25  # share of training slots that are not told who is speaking
     joint_steps: int = 400  # stage 1: shared-parameter inverse diffusion
     image_steps: int | None = None  # what the image alone says, in cheap steps of one call an image: half before the committee's conclusion, half after it; None: four times joint_steps
+    revisit: int = 100  # every how many steps of what the image alone says stage 1 is practised once more, lest the walk be unlearnt; 0: never
     levels: float = 2.0  # weight of vote levels asked under noise beside the image alone, where slots are nobody in particular; 0 asks none
     committee_steps: int | None = None  # joint training of alignment, consensus, attention and critic; None: half of joint_steps where attention or critic are switched on, else none, for it was never worth its steps (31_benchmark)
     batch: int = 12  # images a step
@@ -69,9 +70,11 @@ class CaliDiffConfig:
     seed: int = 0  # of weights and training
 
     def __post_init__(self) -> None:
-        """Refuse a witness there is none of, negative weights, and committees that never meet."""
+        """Refuse a witness there is none of, negative weights and counts, and committees that never meet."""
         if self.edge not in ("off", "tie", "absolute"):
             raise ValueError(f'edge must be "off", "tie" or "absolute"; got {self.edge!r}.')
+        if self.revisit < 0:
+            raise ValueError(f"revisit must be a number of steps, or 0 for never; got {self.revisit}.")
         if self.levels < 0:
             raise ValueError(f"levels must be a weight of 0 or more; got {self.levels}.")
         if self.rounds < 1 or not 0 <= self.momentum < 1:
@@ -192,10 +195,14 @@ def image_step(
 ) -> Callable[["CaliDiff", int, torch.Generator], dict[str, Tensor]]:  # loss of one step, for `fit`
     """One speaker an image, asked at full noise; null answers with the panel's average, the consensus with the committee's conclusion if there is one.
 
-    Where slots are nobody in particular, the votes in order are asked under noise as well, as masks.
+    Where slots are nobody in particular, the votes in order are asked under noise as well, as masks. Every so often
+    the step is one of stage 1 instead.
     """
+    joint = joint_step(data, config)
 
     def step(model: "CaliDiff", number: int, generator: torch.Generator) -> dict[str, Tensor]:
+        if config.revisit and (number + 1) % config.revisit == 0:
+            return {"loss": (again := joint(model, number, generator)["loss"]), "revisited": again}
         images, masks, present, fused, i = draw_batch(data, conclusions[:1] if conclusions else (), config.batch, generator, model.device)
         null, agreed = model.net.tokens.null, model.net.tokens.consensus if config.consensus else model.net.tokens.null
         asked = torch.multinomial(present.float().cpu(), 1, generator=generator)[:, 0].to(present.device)  # somebody who is present
@@ -791,8 +798,29 @@ def draw_samples(
     grid = timestep_grid(model.walk.T, steps, bend=0.5)  # outlines are decided while little noise is left
     x0 = sample(denoise, model.walk, start=noise, steps=grid, generator=generator).x0
     there = model.net.presence(features, ids.expand(b, -1)).sigmoid()
-    marks = torch.rand(b, n, k, generator=generator).to(there) < there
+    marks = spread_evenly(b, n, k, model.raters, generator).to(there) < there
     return ((x0.unflatten(0, (b, n)) < 0) & marks[..., None, None]).to(torch.uint8)
+
+
+def spread_evenly(
+    b: int,  # images
+    n: int,  # samples of each image
+    k: int,  # structures
+    slots: int,  # sample i is asked of slot i % slots
+    generator: torch.Generator | None = None,  # source of one offset for each image, slot and structure
+) -> Float[Tensor, "b n k"]:  # [0, 1)
+    """Uniform numbers that cover [0, 1) evenly within each slot, equation (26.1).
+
+    Each of them alone is uniform, so whoever marks with probability p marks in a share p of the samples, up to one
+    sample, and not only on average.
+
+    Source: systematic sampling, Madow & Madow 1944.
+    """
+    i = torch.arange(n)
+    each = (n - i % slots + slots - 1) // slots  # samples of the same slot
+    offset = torch.rand(b, slots, k, generator=generator)[:, i % slots]
+    return ((i // slots / each)[None, :, None] + offset) % 1
+
 
 # %% ../../nbs/calidiff/26_model.ipynb #export-monitors
 @torch.no_grad()

@@ -13,7 +13,7 @@ __all__ = ['EXPERIMENTS', 'ABLATIONS', 'PACKAGE', 'MEASURES', 'MERGES', 'EDGES',
            'with_picked', 'with_edge', 'Bar', 'Verdict', 'judge_bar', 'of_row', 'Row', 'blocks_of', 'kind_of',
            'rows_of', 'BenchmarkReport', 'headline', 'number_text', 'table_of', 'tally', 'bars_text', 'closing_note',
            'trust_text', 'cost_text', 'failures_text', 'table_csv', 'cases_csv', 'report_json', 'Preset', 'cells_of',
-           'benchmark', 'preset_of', 'kept_report']
+           'benchmark', 'preset_of', 'longer', 'kept_report']
 
 # %% ../../nbs/compare/31_benchmark.ipynb #parents
 import ast
@@ -1103,7 +1103,10 @@ def headline(
 ) -> str:                                  # two lines
     """How large, how often."""
     seeds, scales = sorted({c.seed for c in report.found}), {c.scale for c in report.found}
-    sizes = "; ".join(f"{s.train or 'all'} cases to learn from, {s.valid or 'all'} to judge raters on, {s.test or 'all'} for the numbers, {s.size} px" for s in scales)
+    drawn = sum(d in REGIMES or d == "lidc" or ":" in d for d in report.data)
+    large = {len(report.data): "{} px", 0: "images as large as they come"}.get(drawn, "{} px where images are drawn here")
+    budgets = {s: s.budget(0) for s in scales}
+    sizes = "; ".join(f"{s.train or 'all'} cases to learn from in {b.steps} steps of {b.batch}, {s.valid or 'all'} to judge raters on, {s.test or 'all'} for the numbers, {large.format(s.size)}" for s, b in budgets.items())
     absent = f", {len(report.missing)} more not there" if report.missing else ""
     return f"Benchmark {report.name}: {len(report.data)} data set(s), {len(seeds)} seed(s), {len(report.found)} cells{absent}.\n{sizes}. Intervals: 95 %, over seeds and patients."
 
@@ -1355,6 +1358,25 @@ def preset_of(
     if isinstance(preset, Preset): return preset
     if preset not in PRESETS: raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
     return PRESETS[preset]
+
+def longer(
+    preset: str | Preset,                  # a name in PRESETS, or your own
+    times: float = 1,                      # how many times the preset's steps, for everybody
+    rivals: Sequence[str] = (),            # names in SEGMENTERS: these everywhere, and no part switched; (): the preset's rivals and switches
+) -> Preset:
+    """Ask a preset's question with more training, or beside fewer rivals.
+
+    Raises: ValueError if the preset or a rival is unknown, or the times are not above zero.
+    """
+    preset = preset_of(preset)
+    if not times > 0: raise ValueError(f"times must be above 0; got {times}")
+    if unknown := [n for n in rivals if n not in SEGMENTERS]: raise ValueError(f"rivals must be among {', '.join(SEGMENTERS)}; got {unknown[0]!r}")
+    if rivals: preset = dataclasses.replace(preset, rivals={n: () for n in rivals}, ablations={})
+    if times == 1: return preset
+    asked = preset.scale.settings(0)
+    steps = {n: max(1, round(times * v)) if v else v for n in ("joint_steps", "image_steps", "committee_steps") for v in [getattr(asked, n)]}
+    scale = dataclasses.replace(preset.scale, config=tuple((dict(preset.scale.config) | steps).items()))
+    return dataclasses.replace(preset, name=f"{preset.name}, {times:g} times the steps", scale=scale)
 
 def kept_report(
     preset: str | Preset,                  # a name in PRESETS, or your own

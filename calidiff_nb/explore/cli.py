@@ -387,6 +387,8 @@ class BenchmarkJob:
     seeds: int | None = None              # how many trainings; without it the preset's
     data: tuple[str, ...] = ()            # other regimes, folders with cohorts, or module:function that draws one
     out: Path = Path("benchmark")         # folder for report.md, table.csv, cases.csv, report.json
+    longer: float = 1                     # how many times the preset's steps, for the method and every rival
+    rivals: tuple[str, ...] = ()          # train these beside the method and switch no part; without it the preset's rivals and switches
     workers: int = 1                      # processes of this machine
     address: str | None = None            # of a Ray cluster; without it here
 
@@ -394,9 +396,9 @@ def compare(
     config: BenchmarkJob,  # what to do
 ) -> int:                  # exit code
     """Run what is missing of the grid and print the table."""
-    from calidiff_nb.compare.benchmark import benchmark
+    from calidiff_nb.compare.benchmark import benchmark, longer
     with contextlib.closing(Bars()) as bars:
-        report = benchmark(config.preset, config.seeds, config.out, config.workers, bars, config.address, cache_folder() / "benchmark", config.data)
+        report = benchmark(longer(config.preset, config.longer, config.rivals), config.seeds, config.out, config.workers, bars, config.address, cache_folder() / "benchmark", config.data)
     print(f"{report}\nThe tables: {config.out.resolve()}")
     return 3 if report.failures else 0
 
