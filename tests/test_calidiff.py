@@ -4,9 +4,10 @@ import dataclasses
 import pytest
 import torch
 
+from calidiff_nb.calidiff.consensus import with_presence
 from calidiff_nb.calidiff.expertness import expertness, frame_weights, split_covariance
 from calidiff_nb.calidiff.fusion import fuse
-from calidiff_nb.calidiff.inverse import distance_schedule, image_loss, joint_diffusion_loss, noised, unfold_raters
+from calidiff_nb.calidiff.inverse import distance_schedule, image_loss, joint_diffusion_loss, noised, predict_raters, unfold_raters
 from calidiff_nb.calidiff.model import CaliDiff, CaliDiffConfig, gather, judge, pack, spread_evenly
 from calidiff_nb.diffusion.training import save_weights
 from calidiff_nb.raters.agreement import soft_vote
@@ -130,6 +131,38 @@ def test_slots_that_are_not_persons():
     found = model.calibrate(valid)
     assert torch.allclose(found.expertness.weights, torch.full((4, 1), 0.25))
     assert model.segment(valid.images, n=3, sampler="levels").per_rater.shape[1] == 0
+
+
+@pytest.mark.parametrize("what", ["named", "unnamed", "not asked"])
+def test_level_sets_are_empty_as_often_as_the_image_says(what):
+    """By hand, from what the network answers: each slot's map up to its own presence; with votes in order, their average beside the panel's."""
+    cohort = make_cohort("lapses", 30, 32, seed=8)
+    cohort = cohort if what == "named" else cohort.shuffle_slots(torch.Generator().manual_seed(0))
+    train, valid = cohort.split((0.6, 0.4))
+    model = CaliDiff.for_cohort(train, dataclasses.replace(TINY, committee_steps=0, levels=0.0 if what == "not asked" else 2.0))
+    model.fit(train, valid, progress=False)
+    with torch.no_grad():
+        features = model.net.encode(valid.images)
+        asked = [(0, 1, 2, 3)] if what == "named" else [(model.net.tokens.null,)] + ([(0, 1, 2, 3)] if what == "unnamed" else [])
+        averages = []
+        for ids, schedule, reach in zip(asked, (model.schedule, model.walk), (8.0, 0.5)):
+            ids = torch.tensor([ids]).expand(len(valid), -1)
+            _, logit, there = predict_raters(model.net, features, ids, schedule, (32, 32), reach, model.config.seed)
+            p, most = logit.sigmoid(), logit.sigmoid().amax((-2, -1), keepdim=True)
+            averages.append((p / most * there.sigmoid()[..., None, None]).mean(1))
+        wanted = torch.stack(averages).mean(0)
+    drawn = model.segment(valid.images, n=40, sampler="levels").samples
+    assert ((drawn.float().mean(1) - wanted).abs() <= 0.5 / 40 + 1e-4).all()
+    chance = wanted.flatten(2).amax(-1)
+    assert ((drawn.flatten(3).any(-1).float().mean(1) - chance).abs() <= 0.5 / 40 + 1e-4).all() and chance.std() > 0
+
+
+def test_a_map_is_stretched_to_its_presence():
+    p = torch.rand(3, 2, 5, 5, generator=torch.Generator().manual_seed(0)) * 0.3
+    there = torch.tensor([[0.9, 0.1], [0.0, 1.0], [0.5, 0.5]])
+    out = with_presence(p, there)
+    assert torch.allclose(out.amax((-2, -1)), there) and torch.equal(out.flatten(2).argmax(-1)[there > 0], p.flatten(2).argmax(-1)[there > 0])
+    assert with_presence(torch.zeros(1, 4, 4), torch.tensor([0.7])).max() == 0  # a map that says nothing has no shape to stretch
 
 
 def test_votes_in_order_are_asked_where_nobody_has_a_name(model, tmp_path):

@@ -6,7 +6,7 @@
 __all__ = ['CaliDiffConfig', 'Calibration', 'Segmentation', 'Judged', 'expected', 'judge', 'habits', 'draw_batch', 'image_step',
            'joint_step', 'committee_step', 'consensus_part', 'align_part', 'fusion_part', 'attend', 'CaliDiff',
            'check_fits', 'annotated', 'gather', 'judged', 'conclude', 'remember', 'presence_prior', 'judge_strangers',
-           'flat', 'calibrate_batch', 'leave_out', 'consensus_distance', 'segment_batch', 'draw_samples',
+           'flat', 'calibrate_batch', 'leave_out', 'consensus_distance', 'segment_batch', 'opinions', 'draw_samples',
            'spread_evenly', 'monitors', 'recognised', 'pack', 'unpack']
 
 # %% ../../nbs/calidiff/26_model.ipynb #imports
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .. import __version__
 from .adversary import RaterClassifier, ReliabilityCritic, committee_loss, critic_loss, entropy, presence_odds, pseudo_truth, soft_targets, soften
 from .alignment import align, alignment_loss, ambiguity_loss, confidence, fidelity_loss
-from .consensus import consensus_targets, level_sets, vote_levels
+from .consensus import consensus_targets, level_sets, vote_levels, with_presence
 from .edge import edge_witness
 from .expertness import Expertness, expertness, gauge
 from .fusion import CrossExpertFusion, Fusion, fuse, inside_probability, own_error, unbias
@@ -767,18 +767,37 @@ def segment_batch(
 ) -> dict[str, Tensor]:  # the fields of `Segmentation`
     """Segment a few images."""
     size, features = tuple(images.shape[-2:]), model.net.encode(images)
-    Q, logit, _ = expected(model, features, size, model.raters if model.identified else 1, model.identified)
+    Q, logit, there = expected(model, features, size, model.raters if model.identified else 1, model.identified)
     if model.config.consensus:
         distance, probability = consensus_distance(model, features, size)
     else:
         distance = gauge(Q, model.expertness.weights.to(Q)) if model.identified else Q[:, 0]
         probability = inside_probability(distance, model.expertness.shared.to(Q).sqrt().expand(len(Q), -1))
     if sampler == "levels":
-        samples = level_sets(logit.sigmoid().mean(1), n)
+        samples = level_sets(opinions(model, features, size, logit, there), n)
     else:
         samples = draw_samples(model, features, size, n, steps, generator)
     per_rater = logit.sigmoid() if model.identified else logit[:, :0]
     return {"consensus": probability, "consensus_distance": distance, "per_rater": per_rater, "samples": samples, "uncertainty": entropy(probability)}
+
+
+def opinions(
+    model: CaliDiff,  # a trained model
+    features: tuple[Tensor, ...],  # of b images
+    size: tuple[int, int],  # height and width
+    logit: Float[Tensor, "b r k h w"],  # what the image says each slot would draw, log-odds
+    there: Float[Tensor, "b r k"],  # whether he marks anything, log-odds
+) -> Float[Tensor, "b k h w"]:  # the share of the panel that has a pixel inside, [0, 1]
+    """The map whose level sets stand for the panel: the average of its slots, each with its presence (24.3).
+
+    Where votes in order were learnt, their average is a second estimate of the same, and the two are averaged.
+    """
+    average = with_presence(logit.sigmoid(), there.sigmoid()).mean(1)
+    if not model.told_levels:
+        return average
+    ids = torch.arange(model.raters, device=logit.device).expand(len(logit), -1)
+    _, votes, some = predict_raters(model.net, features, ids, model.walk, size, model.walk_reach, model.config.seed)
+    return (average + with_presence(votes.sigmoid(), some.sigmoid()).mean(1)) / 2
 
 
 def draw_samples(
