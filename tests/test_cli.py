@@ -326,3 +326,12 @@ def test_the_app_refuses_a_place_that_is_not_there(tmp_path, capsys):
 
 def test_real_ct_must_be_brought_along(tmp_path, capsys):
     assert main(["train", "--preset", "lidc", "--out", str(tmp_path / "m.safetensors")]) == 2 and "--data must name" in capsys.readouterr().err
+
+
+def test_benchmark_is_asked_with_more_steps_and_fewer_rivals(monkeypatch, capsys):
+    from calidiff_nb.compare import benchmark as bench
+    asked = []
+    monkeypatch.setattr(bench, "benchmark", lambda preset, *rest: asked.append(preset) or bench.BenchmarkReport(preset.name, {}, (), ()))
+    assert cli.main(["benchmark", "--preset", "known-truth", "--longer", "2", "--rivals", "truth U-Net", "U-Net on soft labels"]) == 0
+    assert asked == [bench.longer("known-truth", 2, ("truth U-Net", "U-Net on soft labels"))] and "2 times the steps" in capsys.readouterr().out
+    assert cli.main(["benchmark", "--longer", "0"]) == 2 and "times must be above 0" in capsys.readouterr().err

@@ -523,7 +523,7 @@ class CaliDiff(nn.Module):
         self,
         images: Float[Tensor, "b c h w"],  # [0, 1]
         n: int = 16,  # samples of each image
-        sampler: str = "levels",  # "levels" (level sets of one answer, one call) or "diffusion" (raters, one by one)
+        sampler: str = "levels",  # "levels" (level sets of one answer, one call; two where votes in order were learnt) or "diffusion" (raters, one by one)
         steps: int | None = None,  # DDIM steps of a sample; the config's if None
         generator: torch.Generator | None = None,  # source of the samples
         batch: int = 32,  # images at a time
