@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 import torch
 
-from calidiff_nb.calidiff.consensus import with_presence
+from calidiff_nb.calidiff.consensus import or_nothing, with_presence
 from calidiff_nb.calidiff.expertness import expertness, frame_weights, split_covariance
 from calidiff_nb.calidiff.fusion import fuse
 from calidiff_nb.calidiff.inverse import distance_schedule, image_loss, joint_diffusion_loss, noised, predict_raters, unfold_raters
@@ -163,6 +163,28 @@ def test_a_map_is_stretched_to_its_presence():
     out = with_presence(p, there)
     assert torch.allclose(out.amax((-2, -1)), there) and torch.equal(out.flatten(2).argmax(-1)[there > 0], p.flatten(2).argmax(-1)[there > 0])
     assert with_presence(torch.zeros(1, 4, 4), torch.tensor([0.7])).max() == 0  # a map that says nothing has no shape to stretch
+
+
+def test_a_map_about_nothing_stays_below_one_half_and_others_are_left_alone():
+    p = torch.rand(200, 2, 5, 5, generator=torch.Generator().manual_seed(0))
+    there = torch.rand(200, 2, generator=torch.Generator().manual_seed(1))
+    out, nothing = or_nothing(p, there), there < 0.5
+    assert torch.equal(out[~nothing], p[~nothing])
+    assert (out[nothing].amax((-2, -1)) <= there[nothing] + 1e-6).all() and (out[nothing].amax((-2, -1)) < 0.5).all()
+    assert (out <= p).all()  # nothing is ever raised
+    assert or_nothing(torch.zeros(1, 4, 4), torch.tensor([0.2])).max() == 0
+
+
+@pytest.mark.parametrize("consensus", [True, False])
+def test_the_consensus_is_empty_where_the_image_says_there_is_nothing(consensus):
+    images, told = make_cohort("balanced", 3, size=64, seed=2).images, CaliDiff.from_pretrained("simulated-64")
+    told.config = dataclasses.replace(told.config, consensus=consensus)
+    assert (told.segment(images, 1).consensus > 0.5).flatten(1).any(1).all()  # as it was trained, it sees them all
+    last = told.net.who_marks[-1]
+    with torch.no_grad():
+        last.weight.zero_(), last.bias.fill_(-1.0)
+    said = told.segment(images, 1).consensus
+    assert said.max() <= torch.tensor(-1.0).sigmoid() + 1e-6 and said.max() > 0.2  # lowered, not wiped out
 
 
 def test_votes_in_order_are_asked_where_nobody_has_a_name(model, tmp_path):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .. import __version__
 from .adversary import RaterClassifier, ReliabilityCritic, committee_loss, critic_loss, entropy, presence_odds, pseudo_truth, soft_targets, soften
 from .alignment import align, alignment_loss, ambiguity_loss, confidence, fidelity_loss
-from .consensus import consensus_targets, level_sets, vote_levels, with_presence
+from .consensus import consensus_targets, level_sets, or_nothing, vote_levels, with_presence
 from .edge import edge_witness
 from .expertness import Expertness, expertness, gauge
 from .fusion import CrossExpertFusion, Fusion, fuse, inside_probability, own_error, unbias
@@ -751,10 +751,10 @@ def consensus_distance(
     features: tuple[Tensor, ...],  # of b images
     size: tuple[int, int],  # height and width
 ) -> tuple[Float[Tensor, "b k h w"], Float[Tensor, "b k h w"]]:  # distance px, probability of being inside
-    """Implicit Consensus Inference: one call with the consensus token."""
+    """Implicit Consensus Inference: one call with the consensus token, first whether, then where (24.4)."""
     ids = torch.full((len(features[0]), 1), model.net.tokens.consensus, device=features[0].device)
-    distance, logit, _ = predict_raters(model.net, features, ids, model.schedule, size, model.config.reach, model.config.seed)
-    return distance[:, 0], logit[:, 0].sigmoid()
+    distance, logit, there = predict_raters(model.net, features, ids, model.schedule, size, model.config.reach, model.config.seed)
+    return distance[:, 0], or_nothing(logit[:, 0].sigmoid(), there[:, 0].sigmoid())
 
 # %% ../../nbs/calidiff/26_model.ipynb #export-segment-batch
 def segment_batch(
@@ -772,7 +772,8 @@ def segment_batch(
         distance, probability = consensus_distance(model, features, size)
     else:
         distance = gauge(Q, model.expertness.weights.to(Q)) if model.identified else Q[:, 0]
-        probability = inside_probability(distance, model.expertness.shared.to(Q).sqrt().expand(len(Q), -1))
+        inside = inside_probability(distance, model.expertness.shared.to(Q).sqrt().expand(len(Q), -1))
+        probability = or_nothing(inside, there.sigmoid().mean(1))
     if sampler == "levels":
         samples = level_sets(opinions(model, features, size, logit, there), n)
     else:
