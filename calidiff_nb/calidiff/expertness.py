@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PIXEL_VARIANCE', 'residual_moments', 'pooled', 'split_covariance', 'shared_by', 'frame_weights', 'Expertness',
            'gauge', 'lapses', 'Frame', 'mean_offset', 'settle', 'expertness', 'regular', 'symmetric_raters',
-           'correlation', 'with_warnings', 'contradiction', 'quarrelling', 'deadlocked', 'undecided', 'shifted',
-           'about_place']
+           'correlation', 'with_warnings', 'contradiction', 'quarrelling', 'deadlocked', 'undecided', 'about_place',
+           'shifted', 'refined']
 
 # %% ../../nbs/calidiff/21_expertness.ipynb #imports
 from dataclasses import dataclass, fields, replace
@@ -115,7 +115,7 @@ class Expertness:
     edge: Float[Tensor, "r k"] | None = None  # where the image changes most, px from his boundary, negative inside; NaN: no clear peak; None: not asked
     edge_low: Float[Tensor, "r k"] | None = None  # lower end of its interval
     edge_high: Float[Tensor, "r k"] | None = None  # upper end
-    shift: Float[Tensor, "k"] | None = None  # px by which the edge moves the committee's frame; None: not at all
+    shift: Float[Tensor, "k"] | None = None  # px by which the edge moves the committee's frame, negative: smaller; None: it was not asked
     cases: int = 0  # how many cases this rests on
     identified: bool = True  # False: slots are not persons, all raters share one row
     warnings: tuple[str, ...] = ()  # what a reader must know, in sentences
@@ -217,7 +217,7 @@ def expertness(
     identified: bool = True,  # False: slots are not persons; everybody gets the same, pooled figures
     rater_names: tuple[str, ...] | None = None,  # for the sentences; "rater 1" ... if None
     edge: EdgeWitness | None = None,  # the image's own edge, as a witness; None: it is not asked
-    absolute: bool = False,  # True: the edge is everybody's frame; False: it is asked only where trusted raters contradict each other
+    absolute: bool = False,  # True: the edge is everybody's frame; False: it is asked where masks leave the frame's place open
     resamples: int = 400,  # bootstrap draws over cases
     generator: torch.Generator | None = None,  # source of the resampling
 ) -> Expertness:
@@ -253,10 +253,14 @@ def expertness(
     pairs = max(1, k * r * (r - 1) // 2)
     rho_low = rho_draws.double().quantile(0.025 / pairs, dim=0).to(S.dtype)  # Bonferroni over pairs
     miss, invent = lapses(marked, present)
-    bias = -mean_offset(Q, gauge(Q, frame.weights), usable)
+    offset, moved = mean_offset(Q, gauge(Q, frame.weights), usable), None
+    if peaks is not None:
+        ends = edge.low.to(S), edge.high.to(S)
+        moved = shifted(frame.weights, peaks, offset) if absolute else refined(frame.weights, peaks, offset, *ends)
+    bias = -offset if moved is None else -(offset + moved)
     found = Expertness(
         frame.weights, low, high, frame.own.movedim(0, -1), frame.shared, frame.V.movedim(0, -1), bias, miss, invent, rho.movedim(0, -1), rho_low.movedim(0, -1),
-        *((None,) * 4 if peaks is None else (peaks, edge.low.to(S), edge.high.to(S), shifted(frame.weights, peaks) if absolute else None)), b, identified,
+        *((None,) * 4 if peaks is None else (peaks, *ends, moved)), b, identified,
     )
     return with_warnings(found, names)
 
@@ -383,15 +387,6 @@ def undecided(
     return replace(frame, weights=torch.where(torn, fair, frame.weights), offset=frame.offset.masked_fill(torn, 0.0))
 
 
-def shifted(
-    weights: Float[Tensor, "r k"],  # share in the frame
-    peaks: Float[Tensor, "r k"],  # px, the image's edge seen from each; NaN: no clear peak
-) -> Float[Tensor, "k"]:  # px by which the frame must move so that the edge is its zero
-    """The mean place of the edge in the committee's frame; 0 where nobody's edge is clear."""
-    w = weights * ~peaks.isnan()
-    return (w * peaks.nan_to_num()).sum(0) / w.sum(0).clamp(min=1e-6)
-
-
 def about_place(
     found: Expertness,  # figures
     names: tuple[str, ...],  # of the raters
@@ -409,9 +404,46 @@ def about_place(
             said.append(text + ", and the image's edge is not one clear peak, so it was not asked" + between.replace("so", "and") + ".")
         else:
             sure = lambda i: f"{edge[i]:+.1f} px [{found.edge_low[i, structure]:+.1f}, {found.edge_high[i, structure]:+.1f}]"
-            said.append(text + f". The image changes most at {sure(a)} from the boundary of {names[a]} and at {sure(c)} from that of {names[c]}, and the frame lies at {shifted(found.weights[:, [structure]], found.edge[:, [structure]])[0]:+.1f} px: right only if the truth lies where the image changes most.")
+            said.append(text + f". The image changes most at {sure(a)} from the boundary of {names[a]} and at {sure(c)} from that of {names[c]}, and the frame lies at {shifted(found.weights[:, [structure]], found.edge[:, [structure]], -found.bias[:, [structure]])[0]:+.1f} px: right only if the truth lies where the image changes most.")
     if edge is not None and not edge.isnan().any() and (edge.min() > 1 or edge.max() < -1):
         near = edge[edge.abs().argmin()]
-        moved = f" The frame was moved by {found.shift[structure]:+.1f} px to the edge." if found.shift is not None else " Masks cannot tell a habit of all from a truth that is not on the edge; nothing was moved."
+        moved = f" The frame was moved by {found.shift[structure]:+.1f} px to the edge." if found.shift is not None and found.shift[structure].abs() > 0.05 else " Masks cannot tell a habit of all from a truth that is not on the edge; nothing was moved."
         said.append(f"Every rater draws at least {abs(near):.1f} px {'inside' if near > 0 else 'outside'} the place where the image changes most.{moved}")
     return said
+
+# %% ../../nbs/calidiff/21_expertness.ipynb #export-refined
+_WELSCH = 2.985  # standard errors; Welsch's estimate of location is then 95 % efficient where errors are normal
+
+
+def shifted(
+    weights: Float[Tensor, "r k"],  # share in the frame
+    peaks: Float[Tensor, "r k"],  # px, the image's edge seen from each; NaN: no clear peak
+    offset: Float[Tensor, "r k"],  # px, how far each draws inside the frame
+) -> Float[Tensor, "k"]:  # px by which the frame must move so that the edge is its zero
+    """The mean place of the edge in the committee's frame; 0 where nobody's edge is clear."""
+    w = weights * ~peaks.isnan()
+    return (w * (peaks - offset).nan_to_num()).sum(0) / w.sum(0).clamp(min=1e-6)
+
+
+def refined(
+    weights: Float[Tensor, "r k"],  # share in the frame
+    peaks: Float[Tensor, "r k"],  # px, the image's edge seen from each; NaN: no clear peak
+    offset: Float[Tensor, "r k"],  # px, how far each draws inside the frame
+    low: Float[Tensor, "r k"],  # lower ends of the peaks' 95 % intervals, px
+    high: Float[Tensor, "r k"],  # upper ends
+) -> Float[Tensor, "k"]:  # px by which the frame moves towards the edge
+    """Move a frame as far towards the edge as the masks leave it unsure, equation (21.3).
+
+    0 where the edge is unclear to raters who hold half of the frame or more, and where it lies more than a pixel away.
+
+    Source: our reading; a normal prior on the frame, and Welsch's redescending weight.
+    """
+    w = weights * ~peaks.isnan()
+    w = w / w.sum(0).clamp(min=1e-6)
+    away = shifted(weights, peaks, offset)
+    unsure = (weights * offset).square().sum(0)  # px^2, of the frame
+    noise = (w * (((high - low) / 3.92).square() + ((peaks - offset).nan_to_num() - away).square())).sum(0)  # px^2, of the edge
+    both = (unsure + noise).clamp(min=1e-9)
+    moved = away * unsure / both * torch.exp(-away.square() / (_WELSCH**2 * both))
+    asked = ((weights * ~peaks.isnan()).sum(0) > 0.5) & (away.abs() <= 1)
+    return torch.where(asked, moved, torch.zeros_like(moved))

@@ -60,7 +60,7 @@ class CaliDiffConfig:
     adversary: bool = False  # soft adversarial supervision of the consensus; off, for it changed no number (31_benchmark)
     adversary_weight: float = 0.05  # of the committee's adversarial loss
     align_strength: float = 3.0  # pull of alignment against fidelity
-    edge: str = "tie"  # "off", "tie" or "absolute": the image's edge as a witness: never, where trusted raters contradict each other, or as everybody's frame
+    edge: str = "tie"  # "off", "tie" or "absolute": the image's edge as a witness: never, where masks leave the place open (a quarrel, or the last fraction of a pixel), or as everybody's frame
     rounds: int = 2  # of the committee: how often its conclusion about the training cases is drawn anew
     momentum: float = 0.5  # share of the old conclusion in the new one (exponential moving average of the pseudo-truth), [0, 1)
     steps: int = 5  # DDIM steps of normalisation
