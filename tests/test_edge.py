@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from calidiff_nb.calidiff.edge import LEVELS, edge_profile, edge_witness, highest
-from calidiff_nb.calidiff.expertness import expertness, gauge
+from calidiff_nb.calidiff.expertness import expertness, gauge, refined
 from calidiff_nb.calidiff.model import CaliDiffConfig
 from calidiff_nb.raters.distance import signed_distance
 from calidiff_nb.raters.metrics import dice
@@ -115,3 +115,14 @@ def test_real_annotations_one_clear_edge_and_one_halo():
     clear, halo = gold("1"), gold("3")
     assert clear.clear.all() and -1.5 < clear.peak < 0               # drawn a little outside the steepest change
     assert not halo.clear.any()
+
+
+def test_the_frame_follows_the_edge_only_as_far_as_habits_leave_it_unsure():
+    column = lambda *x: torch.tensor(x)[:, None]
+    weights, habits = column(0.1, 0.1, 0.4, 0.4), column(1.5, -1.5, 0.3, -0.3)  # their weighted mean is the frame
+    move = lambda s, w=weights, o=habits: float(refined(w, o + s, o, o + s - 0.05, o + s + 0.05))
+    assert 0.08 < move(0.1) < 0.1 and move(-0.1) == pytest.approx(-move(0.1), abs=1e-6)   # nearly all the way, either way
+    assert move(0.9) < move(0.4) and move(1.01) == 0                                      # a contradiction is followed less, another opinion not at all
+    assert abs(move(0.1, o=0 * habits)) < 1e-6                                            # people of one habit leave nothing open
+    deaf = (habits + 0.1).masked_fill(column(False, False, True, True), torch.nan)        # no clear edge for four fifths of the frame
+    assert float(refined(weights, deaf, habits, habits, habits)) == 0
