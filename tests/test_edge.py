@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from calidiff_nb.calidiff.edge import LEVELS, edge_profile, edge_witness, highest
-from calidiff_nb.calidiff.expertness import expertness, gauge, refined
+from calidiff_nb.calidiff.expertness import contradiction, expertness, gauge, quarrelling, refined
 from calidiff_nb.calidiff.model import CaliDiffConfig
 from calidiff_nb.raters.distance import signed_distance
 from calidiff_nb.raters.metrics import dice
@@ -126,3 +126,18 @@ def test_the_frame_follows_the_edge_only_as_far_as_habits_leave_it_unsure():
     assert abs(move(0.1, o=0 * habits)) < 1e-6                                            # people of one habit leave nothing open
     deaf = (habits + 0.1).masked_fill(column(False, False, True, True), torch.nan)        # no clear edge for four fifths of the frame
     assert float(refined(weights, deaf, habits, habits, habits)) == 0
+
+
+def test_steadiness_decides_a_contradiction_only_where_somebody_keeps_company():
+    """Measured figures of a cup inside a disc: two draw 1.3 px inside and 1.6 px outside, and one of them is steadier."""
+    noise, places = torch.tensor([0.8, 0.25, 2.5, 3.0]), torch.tensor([1.3, -1.6, 0.4, 0.0])
+    ask = lambda noise=noise, places=places: contradiction(noise.diag(), places)
+    assert ask().alone and (ask().gap, {ask().one, ask().other}) == (pytest.approx(2.9), {0, 1})
+    assert ask(noise * torch.tensor([1.0, 0.5, 1.0, 1.0]))[::3] == (0, False)            # more than four times as steady: he is believed
+    near = ask(places=torch.tensor([1.3, -1.6, 0.9, 0.0]))
+    assert not near.alone and near.gap == 0                                               # in company, twice as steady is enough
+    assert ask(noise * torch.tensor([0.5, 1.0, 1.0, 1.0]), torch.tensor([1.3, -1.6, 0.9, 0.0]))[::3] == (pytest.approx(2.9), False)
+    assert not ask(places=places / 4).alone                                               # less than a pixel apart nobody contradicts anybody
+    assert ask(noise[:1], places[:1]) == (0, 0, 0, False)
+    sees = torch.tensor([1.3, -1.6, torch.nan, torch.nan])
+    assert quarrelling(noise.diag(), places, sees) and not quarrelling(noise.diag(), places, sees.roll(1))

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PIXEL_VARIANCE', 'residual_moments', 'pooled', 'split_covariance', 'shared_by', 'frame_weights', 'Expertness',
            'gauge', 'lapses', 'Frame', 'mean_offset', 'settle', 'expertness', 'regular', 'symmetric_raters',
-           'correlation', 'with_warnings', 'contradiction', 'quarrelling', 'deadlocked', 'undecided', 'about_place',
+           'correlation', 'with_warnings', 'Contradiction', 'contradiction', 'quarrelling', 'undecided', 'about_place',
            'shifted', 'refined']
 
 # %% ../../nbs/calidiff/21_expertness.ipynb #imports
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -239,7 +240,7 @@ def expertness(
         return replace(_in_slots(who, came), lapse=miss, invent=invent)
     frame = settle(S, Q, usable, identified)
     peaks = None if edge is None or not identified else edge.peak.to(S).masked_fill(~edge.clear.to(S.device), torch.nan)
-    torn = torch.tensor([deadlocked(frame.own[j], frame.offset[:, j]) for j in range(k)], device=S.device)
+    torn = torch.tensor([contradiction(frame.own[j], frame.offset[:, j]).alone for j in range(k)], device=S.device)
     quarrel = torch.zeros_like(torn)
     if peaks is not None:
         quarrel = torch.tensor([absolute or quarrelling(frame.own[j], frame.offset[:, j], peaks[:, j]) for j in range(k)], device=S.device)
@@ -348,14 +349,31 @@ def with_warnings(
     return replace(found, warnings=tuple(said))
 
 
+class Contradiction(NamedTuple):
+    """Two about equally predictable raters who lie apart."""
+
+    gap: float  # px apart; 0 if nobody
+    one: int  # who
+    other: int  # and who
+    alone: bool  # more than a pixel apart, and nobody within half a pixel of either: no company decides between them
+
+
 def contradiction(
     own: Float[Tensor, "r r"],  # N, px^2
     offset: Float[Tensor, "r"],  # px, where each draws
-) -> tuple[float, int, int]:  # px apart, and who; (0, 0, 0) if nobody
-    """The two about equally predictable raters who lie furthest apart."""
-    spread = own.diagonal()
-    trusted = (spread <= 2 * spread.min()).nonzero().flatten().tolist()
-    return max((abs(float(offset[a] - offset[c])), a, c) for a in trusted for c in trusted) if len(trusted) > 1 else (0.0, 0, 0)
+) -> Contradiction:
+    """The two about equally predictable raters who lie furthest apart.
+
+    About equal is a variance of at most twice the least, and of four times the least where each of the two stands alone.
+    """
+    spread, r = own.diagonal(), range(len(offset))
+    for ratio in (4, 2):
+        trusted = [i for i in r if spread[i] <= ratio * spread.min()]
+        gap, a, c = max((abs(float(offset[a] - offset[c])), a, c) for a in trusted for c in trusted)
+        alone = gap > 1 and all(abs(float(offset[i] - offset[s])) > 0.5 for i in r if i not in (a, c) for s in (a, c))
+        if alone:
+            break
+    return Contradiction(gap, a, c, alone)
 
 
 def quarrelling(
@@ -364,23 +382,13 @@ def quarrelling(
     peaks: Float[Tensor, "r"],  # px, the image's edge seen from each; NaN: no clear peak
 ) -> bool:
     """Do two trusted raters contradict each other by more than a pixel, and do both see one clear edge?"""
-    gap, a, c = contradiction(own, offset)
-    return gap > 1 and not bool(peaks[[a, c]].isnan().any())
-
-
-def deadlocked(
-    own: Float[Tensor, "r r"],  # N, px^2
-    offset: Float[Tensor, "r"],  # px, where each draws
-) -> bool:
-    """Do two trusted raters contradict each other by more than a pixel, each alone, so that no company decides it?"""
-    gap, a, c = contradiction(own, offset)
-    aside = [i for i in range(len(offset)) if i not in (a, c)]
-    return gap > 1 and all(min(abs(float(offset[i] - offset[s])) for s in (a, c)) > gap / 4 for i in aside)
+    two = contradiction(own, offset)
+    return two.gap > 1 and not bool(peaks[[two.one, two.other]].isnan().any())
 
 
 def undecided(
     frame: Frame,  # as found
-    torn: Bool[Tensor, "k"],  # structures where two trusted raters are deadlocked and nothing says who is right
+    torn: Bool[Tensor, "k"],  # structures where two trusted raters contradict each other, each alone, and nothing says who is right
 ) -> Frame:  # the same, but nobody's habit counts there
     """Let noise alone decide where habits cannot: the frame then lies between those who contradict each other."""
     fair = frame_weights(frame.own).T.to(frame.weights)
@@ -393,9 +401,9 @@ def about_place(
     structure: int,  # which structure
 ) -> list[str]:  # no, one or two sentences
     """Say where boundaries contradict each other or the image's edge, and what was made of it."""
-    gap, a, c = contradiction(found.covariance[..., structure], found.bias[:, structure])
+    gap, a, c, alone = contradiction(found.covariance[..., structure], found.bias[:, structure])
     said, edge = [], None if found.edge is None else found.edge[:, structure]
-    between = ", so the frame lies between them" if deadlocked(found.covariance[..., structure], found.bias[:, structure]) else ""
+    between = ", so the frame lies between them" if alone else ""
     if gap > 1:
         text = f"{names[a]} and {names[c]} are about equally consistent with the image but lie {gap:.1f} px apart: masks cannot say which of them is right"
         if edge is None:
@@ -438,12 +446,12 @@ def refined(
 
     Source: our reading; a normal prior on the frame, and Welsch's redescending weight.
     """
-    w = weights * ~peaks.isnan()
-    w = w / w.sum(0).clamp(min=1e-6)
+    heard = weights * ~peaks.isnan()
+    w = heard / heard.sum(0).clamp(min=1e-6)
     away = shifted(weights, peaks, offset)
     unsure = (weights * offset).square().sum(0)  # px^2, of the frame
     noise = (w * (((high - low) / 3.92).square() + ((peaks - offset).nan_to_num() - away).square())).sum(0)  # px^2, of the edge
     both = (unsure + noise).clamp(min=1e-9)
     moved = away * unsure / both * torch.exp(-away.square() / (_WELSCH**2 * both))
-    asked = ((weights * ~peaks.isnan()).sum(0) > 0.5) & (away.abs() <= 1)
+    asked = (heard.sum(0) > 0.5) & (away.abs() <= 1)
     return torch.where(asked, moved, torch.zeros_like(moved))
