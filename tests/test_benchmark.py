@@ -554,7 +554,7 @@ def test_ordering_at_home_and_abroad(data, tmp_path):
         assert verdict.met, f"{bar.name} on {data}: {verdict.number}"
 
 
-@pytest.mark.parametrize("name", ["quick", "parts"])
+@pytest.mark.parametrize("name", ["quick", "parts", "known-truth"])
 def test_kept_tables_hold_the_rows_of_their_preset(name):
     """What the notebook prints is what the command would write today, row by row; digits are the machine's."""
     with open(Path(__file__).parents[1] / "nbs" / "compare" / "measured" / name / "table.csv", newline="") as f:
