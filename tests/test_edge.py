@@ -129,7 +129,7 @@ def test_the_frame_follows_the_edge_only_as_far_as_habits_leave_it_unsure():
 
 
 def test_steadiness_decides_a_contradiction_only_where_somebody_keeps_company():
-    """Measured figures of a cup inside a disc: two draw 1.3 px inside and 1.6 px outside, and one of them is steadier."""
+    """Figures such as a cup inside a disc gave: two draw 1.3 px inside and 1.6 px outside, and one of them is steadier."""
     noise, places = torch.tensor([0.8, 0.25, 2.5, 3.0]), torch.tensor([1.3, -1.6, 0.4, 0.0])
     ask = lambda noise=noise, places=places: contradiction(noise.diag(), places)
     assert ask().alone and (ask().gap, {ask().one, ask().other}) == (pytest.approx(2.9), {0, 1})
