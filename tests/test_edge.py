@@ -72,10 +72,16 @@ def test_a_consistent_pair_is_overruled_by_the_edge_and_the_reason_is_said():
     assert frame(found) > frame(alone) + 0.08
 
 
-@pytest.mark.parametrize("regime", ["together", "unequal"])
+@pytest.mark.parametrize("regime", ["unequal", "adversary"])
 def test_where_no_trusted_raters_quarrel_it_is_not_asked(regime):
     alone, found, *_ = asked(regime)
     assert torch.equal(alone.weights, found.weights)
+
+
+def test_an_answer_that_masks_had_already_changes_little():
+    alone, found, *_ = asked("together")
+    assert any("right only if" in w for w in found.warnings)         # a consistent pair is asked to account for itself
+    assert alone.weights[2] > 0.8 and 0 < float((alone.weights - found.weights).abs().max()) < 0.01
 
 
 def test_a_habit_of_all_is_only_cured_by_the_absolute_edge_and_said_by_both():
@@ -128,16 +134,22 @@ def test_the_frame_follows_the_edge_only_as_far_as_habits_leave_it_unsure():
     assert float(refined(weights, deaf, habits, habits, habits)) == 0
 
 
-def test_steadiness_decides_a_contradiction_only_where_somebody_keeps_company():
+def test_steadiness_decides_no_contradiction_up_to_twice_the_deviation():
     """Figures such as a cup inside a disc gave: two draw 1.3 px inside and 1.6 px outside, and one of them is steadier."""
     noise, places = torch.tensor([0.8, 0.25, 2.5, 3.0]), torch.tensor([1.3, -1.6, 0.4, 0.0])
     ask = lambda noise=noise, places=places: contradiction(noise.diag(), places)
     assert ask().alone and (ask().gap, {ask().one, ask().other}) == (pytest.approx(2.9), {0, 1})
-    assert ask(noise * torch.tensor([1.0, 0.5, 1.0, 1.0]))[::3] == (0, False)            # more than four times as steady: he is believed
+    assert ask(noise * torch.tensor([1.0, 0.5, 1.0, 1.0]))[::3] == (0, False)            # more than twice the deviation: the steadier is believed
     near = ask(places=torch.tensor([1.3, -1.6, 0.9, 0.0]))
-    assert not near.alone and near.gap == 0                                               # in company, twice as steady is enough
-    assert ask(noise * torch.tensor([0.5, 1.0, 1.0, 1.0]), torch.tensor([1.3, -1.6, 0.9, 0.0]))[::3] == (pytest.approx(2.9), False)
+    assert near.gap == pytest.approx(2.9) and not near.alone                              # still a contradiction, but one of them has company
     assert not ask(places=places / 4).alone                                               # less than a pixel apart nobody contradicts anybody
     assert ask(noise[:1], places[:1]) == (0, 0, 0, False)
     sees = torch.tensor([1.3, -1.6, torch.nan, torch.nan])
     assert quarrelling(noise.diag(), places, sees) and not quarrelling(noise.diag(), places, sees.roll(1))
+
+
+def test_a_pair_in_company_whom_a_hurried_network_finds_half_as_steady_is_asked():
+    """Figures such as 295 steps on `together` gave: the rounds had believed the pair, who draw 2 px outside."""
+    noise, places, sees = torch.tensor([1.12, 1.19, 0.45, 3.0]), torch.tensor([-0.25, 0.23, 1.85, 1.7]), torch.tensor([-2.2, -1.7, -0.1, torch.nan])
+    two = contradiction(noise.diag(), places)
+    assert not two.alone and {two.one, two.other} == {0, 2} and quarrelling(noise.diag(), places, sees)

@@ -364,15 +364,12 @@ def contradiction(
 ) -> Contradiction:
     """The two about equally predictable raters who lie furthest apart.
 
-    About equal is a variance of at most twice the least, and of four times the least where each of the two stands alone.
+    About equal is a standard deviation of at most twice the least.
     """
-    spread, r = own.diagonal(), range(len(offset))
-    for ratio in (4, 2):
-        trusted = [i for i in r if spread[i] <= ratio * spread.min()]
-        gap, a, c = max((abs(float(offset[a] - offset[c])), a, c) for a in trusted for c in trusted)
-        alone = gap > 1 and all(abs(float(offset[i] - offset[s])) > 0.5 for i in r if i not in (a, c) for s in (a, c))
-        if alone:
-            break
+    noise, r = own.diagonal(), range(len(offset))
+    trusted = [i for i in r if noise[i] <= 4 * noise.min()]
+    gap, a, c = max((abs(float(offset[a] - offset[c])), a, c) for a in trusted for c in trusted)
+    alone = gap > 1 and all(abs(float(offset[i] - offset[s])) > 0.5 for i in r if i not in (a, c) for s in (a, c))
     return Contradiction(gap, a, c, alone)
 
 
@@ -405,7 +402,8 @@ def about_place(
     said, edge = [], None if found.edge is None else found.edge[:, structure]
     between = ", so the frame lies between them" if alone else ""
     if gap > 1:
-        text = f"{names[a]} and {names[c]} are about equally consistent with the image but lie {gap:.1f} px apart: masks cannot say which of them is right"
+        stray = found.covariance[..., structure].diagonal().sqrt()
+        text = f"{names[a]} and {names[c]} are about equally consistent with the image (they stray by {stray[a]:.1f} and {stray[c]:.1f} px) but lie {gap:.1f} px apart: masks cannot say which of them is right"
         if edge is None:
             said.append(text + between + ".")
         elif edge[[a, c]].isnan().any():
