@@ -403,7 +403,7 @@ def about_place(
     between = ", so the frame lies between them" if alone else ""
     if gap > 1:
         stray = found.covariance[..., structure].diagonal().sqrt()
-        text = f"{names[a]} and {names[c]} are about equally consistent with the image (they stray by {stray[a]:.1f} and {stray[c]:.1f} px) but lie {gap:.1f} px apart: masks cannot say which of them is right"
+        text = f"{names[a]} and {names[c]} are both consistent with the image (they stray by {stray[a]:.1f} and {stray[c]:.1f} px) but lie {gap:.1f} px apart: masks cannot say which of them is right"
         if edge is None:
             said.append(text + between + ".")
         elif edge[[a, c]].isnan().any():

@@ -83,7 +83,7 @@ def fuse(
     mine = votes[..., :-1].sum(-1).clamp(min=1e-9)  # what the raters know without the image
     alone = torch.einsum("bkr,brkhw->bkhw", votes[..., :-1].to(Z.dtype), Z * usable[..., None, None]) / mine[..., None, None].to(Z.dtype)
     belief = torch.exp(-(alone - C).square() / (2 * (1 / mine + shared.double())[..., None, None]).to(Z.dtype))
-    saw = (C < 0).flatten(2).any(-1) | ~usable.any(1)  # with nobody else to ask, the image alone speaks
+    saw = (C < 0).flatten(2).any(-1) | (on.sum(-1) == 0)  # with nobody else to ask, the image alone speaks
     belief = belief * saw[..., None, None]
     part = belief / (belief + (mine * shared.double())[..., None, None].to(Z.dtype))  # the image's share at each pixel
     distance = alone + (C - alone) * part
